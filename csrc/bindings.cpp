@@ -1,0 +1,88 @@
+// The only file that knows Python: addresses come in as integers, the GIL is released around the work, and C++ exceptions
+// become Python ones (std::invalid_argument -> ValueError, std::out_of_range -> IndexError). The Python side,
+// vmae2_fast/ops/_native.py, has checked what an address cannot tell: dtype, density, device.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "build_info.h"
+#include "ops.h"
+
+namespace py = pybind11;
+
+namespace {
+
+template <class T>
+T* at(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+constexpr bool kCuda =
+#ifdef VMAE2_WITH_CUDA
+    true;
+#else
+    false;
+#endif
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
+  using namespace vmae2;
+  using release = py::call_guard<py::gil_scoped_release>;
+  m.doc() = "Native kernels of vmae2_fast. Call them through vmae2_fast.ops.";
+
+  m.def("cuda_available", [] { return kCuda; }, "Whether CUDA kernels were compiled in.");
+  m.def("build_info", [] {
+    py::dict info;
+    info["version"] = VMAE2_VERSION;
+    info["compiler"] = compiler();
+    info["flags"] = VMAE2_FLAGS;
+    info["cpu_features"] = cpu_features();
+    info["cuda"] = kCuda;
+    return info;
+  });
+
+  m.def("dual_mask",
+        [](uintptr_t position, uintptr_t view, int64_t batch, int64_t frames, int64_t height, int64_t width, uint64_t seed,
+           const std::string& decoder, int64_t visible_sites, int64_t kept, int64_t decoded, int64_t loss, uintptr_t visible_index,
+           uintptr_t decode_index, uintptr_t loss_index, uintptr_t loss_slot, int threads) {
+          dual_mask(at<const int64_t>(position), at<const int64_t>(view), batch,
+                    {frames, height, width, seed, decoder, visible_sites, kept, decoded, loss}, at<int32_t>(visible_index),
+                    at<int32_t>(decode_index), at<int32_t>(loss_index), at<int32_t>(loss_slot), threads);
+        },
+        release());
+
+  m.def("gather_patches",
+        [](uintptr_t clip, int clip_dtype, int64_t batch, int64_t frames, int64_t height, int64_t width, int64_t channels,
+           int64_t tubelet, int64_t patch, uintptr_t index, int64_t count, const std::vector<float>& scale,
+           const std::vector<float>& shift, bool pixel_order, uintptr_t rows, int rows_dtype, int threads) {
+          gather_patches(at<const void>(clip), Dtype(clip_dtype), {batch, frames, height, width, channels, tubelet, patch},
+                         at<const int32_t>(index), count, scale, shift, pixel_order, at<void>(rows), Dtype(rows_dtype), threads);
+        },
+        release());
+
+  m.def("scatter_patches",
+        [](uintptr_t rows, int dtype, uintptr_t index, int64_t count, int64_t batch, int64_t frames, int64_t height,
+           int64_t width, int64_t channels, int64_t tubelet, int64_t patch, bool pixel_order, uintptr_t clip, int threads) {
+          scatter_patches(at<const void>(rows), Dtype(dtype), at<const int32_t>(index), count,
+                          {batch, frames, height, width, channels, tubelet, patch}, pixel_order, at<void>(clip), threads);
+        },
+        release());
+
+  m.def("reconstruction_loss",
+        [](uintptr_t pred, int pred_dtype, uintptr_t clip, int clip_dtype, int64_t batch, int64_t frames, int64_t height,
+           int64_t width, int64_t channels, int64_t tubelet, int64_t patch, uintptr_t index, int64_t count, bool normalize,
+           const std::vector<float>& mean, const std::vector<float>& std, uintptr_t error, uintptr_t loss_sum,
+           uintptr_t count_out, int threads) {
+          reconstruction_loss(at<const void>(pred), Dtype(pred_dtype), at<const void>(clip), Dtype(clip_dtype),
+                              {batch, frames, height, width, channels, tubelet, patch}, at<const int32_t>(index), count,
+                              normalize, mean, std, at<void>(error), at<float>(loss_sum), at<int64_t>(count_out), threads);
+        },
+        release());
+
+  m.def("reconstruction_loss_backward",
+        [](uintptr_t error, int dtype, int64_t size, uintptr_t upstream, double factor, uintptr_t grad, int threads) {
+          reconstruction_loss_backward(at<const void>(error), Dtype(dtype), size, at<const float>(upstream), factor,
+                                       at<void>(grad), threads);
+        },
+        release());
+}

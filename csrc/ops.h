@@ -1,0 +1,52 @@
+// Every native op: plain addresses, sizes and numbers; no torch, no Python. Implementations lie in cpu/<family>.cpp.
+//
+// All arrays are dense and contiguous unless a comment says otherwise. Indices are checked: an id outside the grid throws
+// std::out_of_range, an argument no kernel can take std::invalid_argument, both naming the op.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace vmae2 {
+
+enum class Dtype : int { u8 = 0, f32 = 1, bf16 = 2, f16 = 3 };
+
+// A clip and how it is cut into patches. uint8 clips lie as [batch, frames, height, width, channels], floating point
+// clips as [batch, channels, frames, height, width].
+struct Clip {
+  int64_t batch, frames, height, width, channels, tubelet, patch;
+
+  int64_t tokens() const { return (frames / tubelet) * (height / patch) * (width / patch); }
+  int64_t row() const { return channels * tubelet * patch * patch; }
+};
+
+// masks.cpp. position, view: [batch]; outputs as described at the top of vmae2_fast/ops/masks.py.
+struct MaskPlan {
+  int64_t frames, height, width;
+  uint64_t seed;
+  std::string decoder;    // running_cell, none, frame, random, tube
+  int64_t visible_sites;  // sites of a frame that the encoder sees
+  int64_t kept;           // masked places of a cell (running_cell), or frames, tokens, sites kept
+  int64_t decoded, loss;  // lengths of decode_index and loss_index
+};
+void dual_mask(const int64_t* position, const int64_t* view, int64_t batch, const MaskPlan& plan, int32_t* visible_index,
+               int32_t* decode_index, int32_t* loss_index, int32_t* loss_slot, int threads);
+
+// patches.cpp. index: [batch, count], -1 = row of zeros / no row; rows: [batch, count, row()].
+void gather_patches(const void* clip, Dtype clip_dtype, const Clip& shape, const int32_t* index, int64_t count,
+                    const std::vector<float>& scale, const std::vector<float>& shift, bool pixel_order, void* rows,
+                    Dtype rows_dtype, int threads);
+// clip: zeros, [batch, channels, frames, height, width] of the dtype of rows.
+void scatter_patches(const void* rows, Dtype dtype, const int32_t* index, int64_t count, const Clip& shape,
+                     bool pixel_order, void* clip, int threads);
+
+// reconstruction.cpp. pred, error: [batch, count, row()] of pred_dtype; loss_sum and count_out: scalars.
+void reconstruction_loss(const void* pred, Dtype pred_dtype, const void* clip, Dtype clip_dtype, const Clip& shape,
+                         const int32_t* index, int64_t count, bool normalize, const std::vector<float>& mean,
+                         const std::vector<float>& std, void* error, float* loss_sum, int64_t* count_out, int threads);
+// grad = error * (*upstream * factor), computed in float.
+void reconstruction_loss_backward(const void* error, Dtype dtype, int64_t size, const float* upstream, double factor,
+                                  void* grad, int threads);
+
+}  // namespace vmae2

@@ -1,0 +1,39 @@
+"""Settings of all tests: poisoned memory, few threads, GPU tests only where there is a GPU."""
+
+from __future__ import annotations
+
+import os
+
+# Before torch starts its pools: tests are small, and threads waiting for each other cost more than they give.
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # asked for by deterministic algorithms on CUDA
+
+import pytest
+import torch
+
+from vmae2_fast import backend
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    backend.native()  # VMAE2_NATIVE=require: a missing extension is an error before the first test
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    extension = backend.native()
+    built = "not built" if extension is None else extension.build_info()["compiler"]
+    return f"torch {torch.__version__}, native extension: {built}, cuda: {torch.cuda.is_available()}"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("cuda"):
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def _settings() -> None:
+    # Fills every uninitialised tensor with NaN or the largest integer: an op that forgets to write is seen.
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.manual_seed(0)

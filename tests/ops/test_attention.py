@@ -1,0 +1,267 @@
+"""attention and cosine_attention against their definitions."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from tests.ops.half_block import saved_bytes
+from tests.support import assert_within_budget, awkward, backends, compiles, expanded, opcheck
+from vmae2_fast import backend
+from vmae2_fast.ops.attention import attention, cosine_attention
+
+module = sys.modules["vmae2_fast.ops.attention"]  # the package's attribute of this name is the function
+
+SHAPES = [(2, 1, 2, 8), (2, 63, 3, 88), (1, 17, 2, 80), (2, 33, 1, 64), (1, 40, 2, 4)]
+BACKENDS = backends("attention")
+
+
+def _plain(qkv: Tensor, scale: float | None = None) -> Tensor:
+    """The official module: scaled queries, materialised scores, softmax."""
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)
+    scores = (q * (q.shape[-1] ** -0.5 if scale is None else scale)) @ k.transpose(-2, -1)
+    return (scores.softmax(-1) @ v).transpose(1, 2)
+
+
+def _plain_sdpa(qkv: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4)).transpose(1, 2)
+
+
+def _plain_cosine(qkv: Tensor, log_scale: Tensor) -> Tensor:
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)
+    scores = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-2, -1)
+    scores = scores * torch.clamp(log_scale, max=4.6052).exp()
+    return (scores.softmax(-1) @ v).transpose(1, 2)
+
+
+def _qkv(b, n, h, d, dtype=torch.float32) -> Tensor:
+    return torch.randn(b, n, 3, h, d).to(dtype)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("mode", ["float32", "bfloat16", "autocast"])
+@pytest.mark.parametrize("name", BACKENDS)
+def test_matches_plain_torch(name, mode, shape):
+    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16, "autocast": torch.float32}[mode]
+    ours = _qkv(*shape, dtype=dtype).requires_grad_()
+    same, truth = ours.detach().clone().requires_grad_(), ours.detach().double().requires_grad_()
+    # ATen's own kernel cannot be held to the error of another algorithm: its plain torch is ATen's public function.
+    plain = _plain_sdpa if name == "sdpa" else _plain
+    with backend.use_backend(f"attention={name}"), torch.autocast("cpu", torch.bfloat16, enabled=mode == "autocast"):
+        a, b, t = attention(ours), plain(same), _plain(truth)
+    assert a.is_contiguous()
+    assert a.dtype == (torch.bfloat16 if mode == "autocast" else dtype)
+    upstream = torch.randn(t.shape).to(torch.bfloat16)
+    for out in (a, b, t):
+        out.backward(upstream.to(out.dtype))
+    assert_within_budget(a, b.to(a.dtype), t, "out")
+    assert_within_budget(ours.grad, same.grad, truth.grad, "dqkv")
+    if mode == "float32":  # the gate of the recorded official results
+        for actual, expected in ((a, t), (ours.grad, truth.grad)):
+            assert float((actual - expected).detach().norm() / expected.detach().norm()) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("name", BACKENDS)
+def test_log_sum_exp_is_natural_and_in_fp32_at_least(name, dtype):
+    qkv = _qkv(2, 31, 3, 16, dtype)
+    with backend.use_backend(f"attention={name}"):
+        _, lse = torch.ops.vmae2.attention(qkv, 0.3)
+    q, k, _ = qkv.double().permute(2, 0, 3, 1, 4)
+    assert lse.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert lse.shape == (2, 3, 31)
+    assert lse.is_contiguous()
+    torch.testing.assert_close(lse.double(), torch.logsumexp(0.3 * q @ k.mT, -1), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_large_scores_do_not_overflow(name):
+    qkv = (40 * _qkv(1, 9, 1, 16)).requires_grad_()
+    with backend.use_backend(f"attention={name}"):
+        out = attention(qkv)
+    out.sum().backward()
+    assert out.isfinite().all()
+    assert qkv.grad.isfinite().all()
+    torch.testing.assert_close(out, _plain(qkv.detach()))
+
+
+@pytest.mark.parametrize("layout", ["strided", "transposed", "unaligned", "expanded"])
+@pytest.mark.parametrize("name", BACKENDS)
+def test_memory_layouts(name, layout):
+    straight = _qkv(2, 7, 2, 8)
+    if layout == "expanded":
+        twisted, straight = expanded(straight), expanded(straight).contiguous()
+    else:
+        twisted = dict(awkward(straight))[layout]
+    results = []
+    with backend.use_backend(f"attention={name}"):
+        for qkv in (straight, twisted):
+            qkv = qkv.detach().requires_grad_()
+            out = attention(qkv)
+            results.append((out, *torch.autograd.grad(out.sum(), qkv, retain_graph=True)))  # gradient of stride 0
+            results[-1] += torch.autograd.grad(
+                out, qkv, dict(awkward(torch.linspace(-1, 1, 224).view(2, 7, 2, 8)))["transposed"]
+            )
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_opcheck(dtype, name):
+    with backend.use_backend(f"attention={name}"):
+        opcheck(torch.ops.vmae2.attention.default, (_qkv(2, 5, 2, 8, dtype).requires_grad_(), 0.4))
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_gradcheck(name):
+    with backend.use_backend(f"attention={name}"):
+        assert torch.autograd.gradcheck(attention, [_qkv(1, 5, 2, 4, torch.float64).requires_grad_()])
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("cast", [False, True], ids=["float32", "autocast"])
+def test_compiles_as_one_graph(cast, name):
+    log_scale = torch.randn(2, 1, 1)
+
+    def function(qkv):
+        with torch.autocast("cpu", torch.bfloat16, enabled=cast):
+            return attention(qkv), cosine_attention(qkv, log_scale)
+
+    eager = _qkv(2, 5, 2, 8).requires_grad_()
+    traced = eager.detach().clone().requires_grad_()
+    with backend.use_backend(f"attention={name}"):
+        results = function(eager), compiles(function, traced)
+        for outputs in results:
+            sum(o.float().square().sum() for o in outputs).backward()
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+    torch.testing.assert_close(traced.grad, eager.grad)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_saves_qkv_out_and_log_sum_exp(name):
+    b, n, h, d = 2, 6, 3, 8
+    qkv = _qkv(b, n, h, d, torch.bfloat16).requires_grad_()
+    with backend.use_backend(f"attention={name}"):
+        named, others = saved_bytes(lambda: attention(qkv), {"qkv": qkv})
+    assert named == {"qkv"}
+    assert others == sorted([b * n * h * d * 2, b * h * n * 4])
+
+
+def test_flop_count():
+    qkv = _qkv(2, 6, 3, 8).requires_grad_()
+    gemm = 2 * 2 * 3 * 6 * 6 * 8
+    with FlopCounterMode(display=False) as forward:
+        out = attention(qkv)
+    assert forward.get_total_flops() == 2 * gemm
+    with FlopCounterMode(display=False) as backward:
+        out.sum().backward()
+    assert backward.get_total_flops() == 5 * gemm  # the scores are computed again
+
+
+@pytest.mark.parametrize(("first", "second"), [("reference", "sdpa"), ("sdpa", "reference")])
+def test_backward_runs_the_forwards_backend(first, second, monkeypatch):
+    calls = []
+    for name, function in list(module.BACKWARD.items()):
+        monkeypatch.setitem(module.BACKWARD, name, lambda *a, name=name, function=function: calls.append(name) or function(*a))
+    implementations = backend._OPS["attention"].implementations
+    for name, known in list(implementations.items()):
+        spy = backend.Implementation(
+            lambda *a, name=name, run=known.run: calls.append(f"{name} forward") or run(*a), known.why_not
+        )
+        monkeypatch.setitem(implementations, name, spy)
+    with backend.use_backend(f"attention={first}"):
+        out = attention(_qkv(1, 5, 1, 8).requires_grad_())
+    with backend.use_backend(f"attention={second}"):
+        out.sum().backward()
+    assert calls == [f"{first} forward", first]
+
+
+def test_what_one_backend_saved_another_can_finish():
+    qkv, grad = _qkv(2, 9, 2, 8), torch.randn(2, 9, 2, 8)
+    results = []
+    for name in BACKENDS:
+        with backend.use_backend(f"attention={name}"):
+            out, lse = torch.ops.vmae2.attention(qkv, 0.3)
+        results += [torch.ops.vmae2.attention_backward(grad, qkv, out, lse, 0.3, other) for other in BACKENDS]
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0])
+
+
+def test_sdpa_says_which_inputs_it_refuses_on_cuda():
+    cuda = torch.device("cuda")
+    assert module.why_not_sdpa_input(cuda, torch.bfloat16, 88) is None
+    assert "not float32" in module.why_not_sdpa_input(cuda, torch.float32, 64)
+    assert "not 20" in module.why_not_sdpa_input(cuda, torch.float16, 20)
+    assert module.why_not_sdpa_input(torch.device("cpu"), torch.float64, 20) is None
+    assert "mps" in backend.refusals("attention", "mps")["sdpa"]
+
+
+def test_refused_input_falls_to_the_reference_only_when_nothing_else_was_asked(monkeypatch):
+    monkeypatch.setattr(module, "why_not_sdpa_input", lambda *_: "it takes no such input")
+    assert module._choose(_qkv(1, 2, 1, 4)) == "reference"
+    with backend.use_backend("attention=sdpa+reference"):
+        assert module._choose(_qkv(1, 2, 1, 4)) == "reference"
+    message = "sdpa was requested, but it takes no such input"
+    with backend.use_backend("attention=sdpa"), pytest.raises(backend.BackendError, match=message):
+        attention(_qkv(1, 2, 1, 4))
+
+
+def _cosine_case(dtype=torch.float32) -> tuple[Tensor, Tensor]:
+    # One head above the official clamp: its scale gets no gradient.
+    return _qkv(2, 21, 3, 16, dtype), torch.tensor([2.3, 5.0, -1.0], dtype=dtype).view(3, 1, 1)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_cosine_attention_matches_its_definition(name):
+    """1e-5 in relative L2 is the gate of the recorded official results."""
+    ours = [t.requires_grad_() for t in _cosine_case()]
+    truth = [t.detach().double().requires_grad_() for t in ours]
+    with backend.use_backend(f"attention={name}"):
+        a, t = cosine_attention(*ours), _plain_cosine(*truth)
+    upstream = torch.randn_like(a)
+    a.backward(upstream)
+    t.backward(upstream.double())
+    for actual, expected in ((a, t), (ours[0].grad, truth[0].grad)):
+        assert float((actual - expected).detach().norm() / expected.detach().norm()) < 1e-5
+    # The scale's gradient is a sum over tokens of terms that nearly cancel: rounding is measured by the terms.
+    q, k, v = truth[0].detach().unbind(2)
+    q = F.normalize(q, dim=-1) * truth[1].detach().clamp(max=4.6052).exp().squeeze(-1)
+    packed = torch.stack((q, F.normalize(k, dim=-1), v), dim=2).requires_grad_()
+    _plain(packed, 1.0).backward(upstream.double())
+    terms = (packed.grad[:, :, 0] * q).sum(-1).abs().sum((0, 1))
+    assert ((ours[1].grad - truth[1].grad).abs().flatten() <= 1e-6 * terms).all()
+    assert ours[1].grad[1] == 0
+
+
+def test_cosine_attention_gradcheck_and_dtypes():
+    with backend.use_backend("attention=reference"):
+        qkv, log_scale = (
+            _qkv(1, 4, 2, 4, torch.float64).requires_grad_(),
+            torch.randn(2, 1, 1, dtype=torch.float64).requires_grad_(),
+        )
+        assert torch.autograd.gradcheck(cosine_attention, [qkv, log_scale])
+    qkv, log_scale = _cosine_case()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert cosine_attention(qkv, log_scale).dtype == torch.bfloat16
+    assert cosine_attention(qkv.bfloat16(), log_scale).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    "function", [attention, lambda qkv: cosine_attention(qkv, torch.zeros(2, 1, 1))], ids=["attention", "cosine"]
+)
+def test_bad_input(function):
+    with pytest.raises(ValueError, match=r"attention: qkv must be a floating-point \[B, N, 3, H, D\].*\(2, 5, 48\)"):
+        function(torch.zeros(2, 5, 48))
+    with pytest.raises(ValueError, match=r"got torch.int64"):
+        function(torch.zeros(2, 5, 3, 2, 8, dtype=torch.long))
+
+
+def test_bad_log_scale():
+    with pytest.raises(ValueError, match=r"log_scale must be \[H, 1, 1\] = \[2, 1, 1\], got \(2,\)"):
+        cosine_attention(_qkv(1, 2, 2, 4), torch.zeros(2))

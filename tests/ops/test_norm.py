@@ -1,0 +1,283 @@
+"""residual_norm and norm_qkv against torch's own modules."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from tests.ops.half_block import (
+    BRANCHES,
+    EPS,
+    MODES,
+    SHAPES,
+    assert_op_matches,
+    autocast,
+    gradients,
+    leaves,
+    plain_stream,
+    saved_bytes,
+    stream,
+    weight,
+)  # fmt: skip
+from tests.support import awkward, compiles, expanded, opcheck
+from vmae2_fast import backend
+from vmae2_fast.ops import norm
+from vmae2_fast.ops.norm import norm_qkv, residual_norm
+
+
+def _residual(x, branch, gamma, drop, norm_weight, norm_bias):
+    return residual_norm(x, branch, gamma, drop, norm_weight, norm_bias, EPS)
+
+
+def _qkv(x, branch, gamma, drop, norm_weight, norm_bias, qkv_weight, q_bias=None, v_bias=None):
+    return norm_qkv(x, branch, gamma, drop, norm_weight, norm_bias, EPS, qkv_weight, q_bias, v_bias)
+
+
+def _plain_qkv(x, branch, gamma, drop, norm_weight, norm_bias, qkv_weight, q_bias=None, v_bias=None):
+    x, h = plain_stream(x, branch, gamma, drop, norm_weight, norm_bias)
+    bias = None if q_bias is None else torch.cat((q_bias, torch.zeros_like(q_bias), v_bias))
+    return x, F.linear(h, qkv_weight, bias)
+
+
+def _qkv_arguments(shape, kind, mode="float32", biased=True) -> dict[str, Tensor | None]:
+    c = shape[2]
+    arguments = {**stream(shape, kind, mode), "qkv_weight": weight(3 * c, c, mode)}
+    if biased:
+        arguments |= {
+            "q_bias": torch.randn(c).to(arguments["qkv_weight"].dtype),
+            "v_bias": torch.randn(c).to(arguments["qkv_weight"].dtype),
+        }
+    return arguments
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("kind", BRANCHES)
+@pytest.mark.parametrize("mode", MODES)
+def test_residual_norm_matches_plain_torch(mode, kind, shape):
+    assert_op_matches(_residual, plain_stream, stream(shape, kind, mode), mode)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("kind", BRANCHES)
+@pytest.mark.parametrize("mode", MODES)
+def test_norm_qkv_matches_plain_torch(mode, kind, shape):
+    assert_op_matches(_qkv, _plain_qkv, _qkv_arguments(shape, kind, mode, biased=shape[1] != 16), mode)
+
+
+def test_fp32_equals_torch_modules_to_rounding():
+    """Where a step differs from torch's modules at all, it is by the order of one sum."""
+    arguments = _qkv_arguments((2, 63, 32), "gamma")
+    ours, plain = leaves(arguments), leaves(arguments)
+    a, b = _qkv(**ours), _plain_qkv(**plain)
+    upstream = [torch.randn_like(t) for t in a]
+    pairs = [*zip(a, b), *zip(gradients(a, ours, upstream).values(), gradients(b, plain, upstream).values())]
+    assert max(float((p - q).detach().norm() / q.detach().norm()) for p, q in pairs) < 3e-7
+
+
+@pytest.mark.parametrize(
+    ("mode", "stream_dtype", "result_dtype"),
+    [
+        ("float32", torch.float32, torch.float32),
+        ("bfloat16", torch.bfloat16, torch.bfloat16),
+        ("autocast", torch.float32, torch.bfloat16),
+        ("autocast-bf16-stream", torch.bfloat16, torch.bfloat16),
+    ],
+)
+def test_dtypes(mode, stream_dtype, result_dtype):
+    with autocast(mode):
+        for x_new, result in (
+            _residual(**stream((2, 3, 8), "branch", mode)),
+            _qkv(**_qkv_arguments((2, 3, 8), "branch", mode)),
+        ):
+            assert (x_new.dtype, result.dtype) == (stream_dtype, result_dtype)
+
+
+def test_bf16_stream_without_autocast_computes_in_the_weights_dtype():
+    arguments = _qkv_arguments((2, 3, 8), "none", "autocast-bf16-stream")
+    assert _qkv(**arguments)[1].dtype == torch.float32
+    assert (
+        residual_norm(arguments["x"], None, None, None, arguments["norm_weight"], arguments["norm_bias"], EPS)[1].dtype
+        == torch.bfloat16
+    )
+
+
+def test_fp64_is_not_touched_by_autocast():
+    with autocast("autocast"):
+        assert _qkv(**leaves(_qkv_arguments((2, 3, 8), "gamma"), torch.float64))[1].dtype == torch.float64
+
+
+def test_autocast_does_not_reach_into_the_op():
+    """A backward pass under autocast computes in the dtype its forward chose."""
+    results = []
+    for cast in (False, True):
+        torch.manual_seed(0)
+        arguments = leaves(_qkv_arguments((2, 5, 8), "gamma"))
+        qkv = _qkv(**arguments)[1]
+        with torch.autocast("cpu", torch.bfloat16, enabled=cast):
+            qkv.backward(torch.ones_like(qkv))
+        results.append(arguments["qkv_weight"].grad)
+    assert torch.equal(*results)
+
+
+def test_without_a_branch_the_stream_is_the_input_itself():
+    arguments = stream((2, 3, 8), "none")
+    assert _residual(**arguments)[0] is arguments["x"]
+
+
+@pytest.mark.parametrize("layout", ["strided", "transposed", "unaligned", "expanded"])
+def test_memory_layouts(layout):
+    arguments = leaves(_qkv_arguments((2, 5, 8), "gamma+drop"))
+    twisted = dict(arguments)
+    for name in ("x", "branch", "qkv_weight"):
+        source = arguments[name].detach()
+        if layout == "expanded":
+            arguments[name] = expanded(source).contiguous().requires_grad_()
+            twisted[name] = expanded(source).requires_grad_()
+        else:
+            twisted[name] = dict(awkward(source))[layout].requires_grad_()
+    a, b = _qkv(**arguments), _qkv(**twisted)
+    # .sum() hands back a gradient of stride 0
+    first = torch.autograd.grad(a[0].sum() + a[1].sum(), [arguments[n] for n in ("x", "branch", "qkv_weight", "gamma")])
+    second = torch.autograd.grad(b[0].sum() + b[1].sum(), [twisted[n] for n in ("x", "branch", "qkv_weight", "gamma")])
+    for p, q in (*zip(a, b), *zip(first, second)):
+        torch.testing.assert_close(p, q)
+
+
+@pytest.mark.parametrize("used", [0, 1])
+def test_one_unused_output(used):
+    arguments = leaves(_qkv_arguments((2, 5, 8), "gamma"))
+    plain = leaves(arguments)
+    _qkv(**arguments)[used].square().sum().backward()
+    _plain_qkv(**plain)[used].square().sum().backward()
+    torch.testing.assert_close(arguments["branch"].grad, plain["branch"].grad)
+    torch.testing.assert_close(arguments["x"].grad, plain["x"].grad)
+    expected = plain["norm_weight"].grad if used else torch.zeros(8)
+    torch.testing.assert_close(arguments["norm_weight"].grad, expected)
+
+
+def test_frozen_parameters_get_no_gradient_and_cost_no_gemm():
+    arguments = leaves(_qkv_arguments((2, 5, 8), "branch"))
+    for name in ("norm_weight", "norm_bias", "qkv_weight", "q_bias", "v_bias"):
+        arguments[name].requires_grad_(False)
+    with FlopCounterMode(display=False) as frozen:
+        _qkv(**arguments)[1].sum().backward()
+    assert arguments["x"].grad is not None
+    assert arguments["qkv_weight"].grad is None
+    assert frozen.get_total_flops() == 2 * (2 * 2 * 5 * 8 * 24)  # forward and the gradient of the rows
+
+
+def test_flop_count_equals_plain_torch():
+    arguments, plain = leaves(_qkv_arguments((2, 5, 8), "branch")), leaves(_qkv_arguments((2, 5, 8), "branch"))
+    with FlopCounterMode(display=False) as ours:
+        _qkv(**arguments)[1].sum().backward()
+    with FlopCounterMode(display=False) as torchs:
+        _plain_qkv(**plain)[1].sum().backward()
+    assert ours.get_total_flops() == torchs.get_total_flops() == 3 * (2 * 2 * 5 * 8 * 24)
+
+
+@pytest.mark.parametrize("kind", BRANCHES)
+def test_saves_only_the_stream_its_statistics_and_parameters(kind):
+    b, n, c = 2, 6, 8
+    arguments = leaves(_qkv_arguments((b, n, c), kind, "autocast"))
+    with autocast("autocast"):
+        for op, names in ((_residual, list(arguments)[:6]), (_qkv, list(arguments))):
+            chosen = {name: arguments[name] for name in names}
+            named, others = saved_bytes(lambda op=op, chosen=chosen: op(**chosen), chosen)
+            expected = {name for name in names if arguments[name] is not None} - {"x", "branch"}
+            if kind == "none":
+                expected.add("x")
+            if "gamma" in kind:
+                expected.add("branch")
+            assert named == expected
+            statistics = [b * n * 4] * 2
+            assert others == statistics + ([] if kind == "none" else [b * n * c * 4])
+
+
+@pytest.mark.parametrize("kind", ["none", "branch", "gamma+drop"])
+def test_opcheck(kind):
+    arguments = leaves(_qkv_arguments((2, 5, 8), kind))
+    s = [arguments[name] for name in ("x", "branch", "gamma", "drop", "norm_weight", "norm_bias")]
+    opcheck(torch.ops.vmae2.residual_norm.default, (*s, EPS, torch.float32))
+    opcheck(torch.ops.vmae2.residual_norm.default, (*s, EPS, torch.bfloat16))
+    opcheck(
+        torch.ops.vmae2.norm_qkv.default,
+        (*s, EPS, arguments["qkv_weight"], arguments["q_bias"], arguments["v_bias"], torch.float32),
+    )
+    opcheck(torch.ops.vmae2.norm_qkv.default, (*s, EPS, arguments["qkv_weight"], None, None, torch.bfloat16))
+
+
+@pytest.mark.parametrize("kind", ["none", "branch", "gamma", "gamma+drop"])
+def test_gradcheck(kind):
+    arguments = leaves(_qkv_arguments((2, 3, 4), kind), torch.float64)
+    names = [name for name, t in arguments.items() if t is not None and t.requires_grad]
+
+    def function(*tensors):
+        return _qkv(**{**arguments, **dict(zip(names, tensors))})
+
+    assert torch.autograd.gradcheck(function, [arguments[name] for name in names])
+
+
+@pytest.mark.parametrize("mode", ["float32", "autocast"])
+@pytest.mark.parametrize("kind", ["none", "gamma"])
+def test_compiles_as_one_graph(kind, mode):
+    eager = leaves(_qkv_arguments((2, 5, 8), kind, mode))
+    traced = leaves(eager)
+
+    def function(arguments):
+        with torch.autocast("cpu", torch.bfloat16, enabled=mode == "autocast"):
+            x, qkv = _qkv(**arguments)
+            return _residual(x, qkv[..., :8], arguments["gamma"], None, arguments["norm_weight"], arguments["norm_bias"])[
+                1
+            ], qkv
+
+    for arguments, outputs in ((eager, function(eager)), (traced, compiles(function, traced))):
+        (outputs[0].float().square().sum() + outputs[1].float().sum()).backward()
+        arguments["outputs"] = outputs
+    assert all(torch.equal(a, b) for a, b in zip(eager.pop("outputs"), traced.pop("outputs")))
+    for name, tensor in eager.items():
+        if tensor is not None:
+            torch.testing.assert_close(traced[name].grad, tensor.grad)
+
+
+@pytest.mark.parametrize(
+    ("op", "table"), [("residual_norm", norm.RESIDUAL_NORM_BACKWARD), ("norm_qkv", norm.NORM_QKV_BACKWARD)]
+)
+def test_backward_runs_the_forwards_backend(op, table, monkeypatch):
+    entry, calls = backend._OPS[op], []
+    monkeypatch.setitem(
+        entry.implementations, "other", backend.Implementation(lambda *a: entry.implementations["reference"].run(*a))
+    )
+    monkeypatch.setitem(table, "other", lambda *a, reference=table["reference"]: calls.append("other") or reference(*a))
+    arguments = leaves(_qkv_arguments((2, 5, 8), "branch"))
+    with backend.use_backend(f"{op}=other"):
+        result = (_qkv(**arguments) if op == "norm_qkv" else _residual(*list(arguments.values())[:6]))[1]
+    result.sum().backward()
+    assert calls == ["other"]
+
+
+def test_unknown_backend():
+    with pytest.raises(backend.BackendError, match="norm_qkv has no backend 'sdpa'"), backend.use_backend("norm_qkv=sdpa"):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.zeros(5, 8)}, r"x must be a floating-point \[B, N, C\].*\(5, 8\)"),
+        ({"x": torch.zeros(2, 5, 8, dtype=torch.long)}, "x must be a floating-point"),
+        ({"norm_weight": torch.zeros(7)}, r"norm weight must be \[C\] = \[8\], got \(7,\)"),
+        ({"gamma": torch.zeros(7)}, r"gamma must be \[C\] = \[8\]"),
+        ({"branch": torch.zeros(2, 4, 8)}, r"branch must have x's shape \(2, 5, 8\), got \(2, 4, 8\)"),
+        ({"branch": None}, "gamma and drop scale a branch"),
+        ({"drop": torch.ones(3)}, r"drop must be \[B\] = \[2\], got \(3,\)"),
+        ({"qkv_weight": torch.zeros(16, 8)}, r"qkv weight must be \[24, 8\], got \(16, 8\)"),
+        ({"v_bias": None}, "both q_bias and v_bias"),
+        ({"q_bias": torch.zeros(24)}, r"q_bias must be \[C\] = \[8\], got \(24,\)"),
+    ],
+)
+def test_bad_input(change, message):
+    with pytest.raises(ValueError, match=f"norm_qkv: .*{message}"):
+        _qkv(**{**_qkv_arguments((2, 5, 8), "gamma+drop"), **change})

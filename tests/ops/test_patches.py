@@ -1,0 +1,311 @@
+"""gather_patches and scatter_patches: index ops, so every comparison is bit for bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
+
+from tests.support import assert_within_budget, awkward, backends, compiles, expanded, opcheck, random_index
+from vmae2_fast import backend
+from vmae2_fast.ops.patches import IMAGENET_MEAN, IMAGENET_STD, gather_patches, scatter_patches
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+BACKENDS = backends("gather_patches")
+# grid, patch, tubelet, channels
+GEOMETRIES = [((2, 3, 5), 7, 2, 3), ((1, 1, 1), 16, 2, 3), ((3, 2, 2), 4, 1, 1), ((2, 2, 3), 5, 3, 4), ((2, 2, 2), 14, 2, 3)]
+
+
+def make_clip(
+    grid: tuple[int, int, int], patch: int, tubelet: int, channels: int, dtype: torch.dtype, batch: int = 3
+) -> Tensor:
+    t, h, w = grid[0] * tubelet, grid[1] * patch, grid[2] * patch
+    if dtype == torch.uint8:
+        return torch.randint(0, 256, (batch, t, h, w, channels), dtype=dtype)
+    return torch.randn(batch, channels, t, h, w).to(dtype)
+
+
+def loop(clip: Tensor, index: Tensor, patch: int, tubelet: int, order: str) -> Tensor:
+    """Rows by the definition, one token at a time, values untouched; float64."""
+    video = clip.permute(0, 4, 1, 2, 3) if clip.dtype == torch.uint8 else clip
+    height, width = video.shape[3] // patch, video.shape[4] // patch
+    rows = []
+    for b, ids in enumerate(index.tolist()):
+        for i in ids:
+            t, y, x = max(i, 0) // (height * width), max(i, 0) // width % height, max(i, 0) % width
+            block = video[b, :, t * tubelet : (t + 1) * tubelet, y * patch : (y + 1) * patch, x * patch : (x + 1) * patch]
+            block = block if order == "conv" else block.permute(1, 2, 3, 0)
+            rows.append(block.reshape(-1).double() * (i >= 0))
+    return torch.stack(rows).view(*index.shape, -1)
+
+
+def statistics(channels: int) -> dict:
+    return (
+        {} if channels == 3 else {"mean": [0.1 * c for c in range(channels)], "std": [0.2 + 0.1 * c for c in range(channels)]}
+    )
+
+
+@pytest.mark.parametrize("order", ["conv", "pixel"])
+@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
+@pytest.mark.parametrize("name", BACKENDS)
+def test_gather_float_copies(name: str, geometry: tuple, order: str) -> None:
+    grid, patch, tubelet, _ = geometry
+    index = random_index(3, max(1, grid[0] * grid[1] * grid[2] // 2), grid[0] * grid[1] * grid[2], padding=2)
+    for source in DTYPES:
+        clip = make_clip(*geometry, source)
+        exact = loop(clip, index, patch, tubelet, order)
+        for dtype in DTYPES:
+            with backend.use_backend(name):
+                rows = gather_patches(clip, index, patch=patch, tubelet=tubelet, dtype=dtype, order=order)
+            assert torch.equal(rows, exact.to(source).to(dtype))
+
+
+@pytest.mark.parametrize("order", ["conv", "pixel"])
+@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
+@pytest.mark.parametrize("name", BACKENDS)
+def test_gather_uint8_normalises(name: str, geometry: tuple, order: str) -> None:
+    """Bit-equal to the reference in every dtype, and within its budget of the float64 formula."""
+    grid, patch, tubelet, channels = geometry
+    clip = make_clip(*geometry, torch.uint8)
+    index = random_index(3, max(1, grid[0] * grid[1] * grid[2] // 2), grid[0] * grid[1] * grid[2], padding=1)
+    given = statistics(channels)
+    mean, std = (torch.tensor(given.get(k, v)).double() for k, v in (("mean", IMAGENET_MEAN), ("std", IMAGENET_STD)))
+    shape = (-1, tubelet * patch * patch) if order == "conv" else (tubelet * patch * patch, -1)
+    mean, std = (
+        (v[:, None] if order == "conv" else v).expand(*(s if s > 0 else channels for s in shape)).flatten()
+        for v in (mean, std)
+    )
+    plain = loop(clip, index, patch, tubelet, order)
+    truth = torch.where(index[..., None] < 0, 0.0, (plain / 255 - mean) / std)
+    for dtype in DTYPES:
+        arguments = {"patch": patch, "tubelet": tubelet, "dtype": dtype, "order": order, **given}
+        with backend.use_backend(name):
+            rows = gather_patches(clip, index, **arguments)
+        naive = torch.where(index[..., None] < 0, 0.0, (plain.float() / 255 - mean.float()) / std.float()).to(dtype)
+        assert_within_budget(rows, naive, truth)
+        with backend.use_backend("reference"):
+            assert torch.equal(rows, gather_patches(clip, index, **arguments))
+
+
+def test_every_byte_rounds_as_torch_rounds() -> None:
+    """All 256 values through all float dtypes, and the special values of float16 and bfloat16 through the copies."""
+    clip = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16, 1)
+    index = torch.zeros(1, 1, dtype=torch.int32)
+    inf, nan = float("inf"), float("nan")
+    edges = [65504, 65519.9, 65520, 6e-8, 2.9e-8, 2.98e-8, 5.9e-5, 6.1e-5, 1e-40, 3.4e38, 1.00048828125, 1.00146484375, -2049]
+    special = torch.tensor([0.0, -0.0, inf, -inf, nan, *edges])
+    every_token = torch.arange(65536)[None]
+    every = torch.arange(65536, dtype=torch.int32).to(torch.int16)
+    for name in BACKENDS:
+        with backend.use_backend(name):
+            for dtype in DTYPES:
+                rows = gather_patches(clip, index, patch=16, tubelet=1, mean=[0.3], std=[0.7], dtype=dtype)
+                values = (torch.arange(256.0) * (1 / (255 * 0.7)) + -0.3 / 0.7).to(dtype)
+                assert torch.equal(rows.flatten(), values)
+                for source in (special, every.view(torch.float16).float(), torch.randn(512) * 1e-6, torch.randn(512) * 1e4):
+                    video = source.view(1, 1, -1, 1, 1)
+                    got = gather_patches(video, torch.arange(source.numel())[None], patch=1, tubelet=1, dtype=dtype).flatten()
+                    torch.testing.assert_close(got, source.to(dtype), rtol=0, atol=0, equal_nan=True)
+                for source in (torch.float16, torch.bfloat16):
+                    bits = every.view(source)
+                    got = gather_patches(bits.view(1, 1, -1, 1, 1), every_token, patch=1, tubelet=1, dtype=dtype).flatten()
+                    torch.testing.assert_close(got, bits.to(dtype), rtol=0, atol=0, equal_nan=True)
+
+
+def test_gather_is_the_patch_embedding_of_the_named_tokens() -> None:
+    """Rows times the flattened Conv3d weight are the convolution's outputs at those tokens."""
+    grid, patch, tubelet, channels = (2, 3, 4), 6, 2, 3
+    clip, weight = make_clip(grid, patch, tubelet, channels, torch.float64), torch.randn(8, 3, 2, 6, 6, dtype=torch.float64)
+    index = random_index(3, 7, 24)
+    tokens = F.conv3d(clip, weight, stride=(2, 6, 6)).flatten(2).transpose(1, 2)
+    rows = gather_patches(clip, index, patch=patch, dtype=torch.float64)
+    expected = tokens.gather(1, index.long()[..., None].expand(-1, -1, 8))
+    torch.testing.assert_close(rows @ weight.flatten(1).T, expected)
+
+
+@pytest.mark.parametrize("order", ["conv", "pixel"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
+@pytest.mark.parametrize("name", BACKENDS)
+def test_scatter_puts_rows_back(name: str, geometry: tuple, dtype: torch.dtype, order: str) -> None:
+    grid, patch, tubelet, channels = geometry
+    tokens = grid[0] * grid[1] * grid[2]
+    index = random_index(3, max(1, tokens // 2), tokens, padding=1)
+    rows = torch.randn(*index.shape, channels * tubelet * patch * patch).to(dtype)
+    rows[:, -1] = float("nan")  # a padded row's values must not matter
+    with backend.use_backend(name):
+        clip = scatter_patches(rows, index, grid=grid, patch=patch, tubelet=tubelet, channels=channels, order=order)
+        assert clip.dtype == dtype
+        assert clip.shape == (3, channels, grid[0] * tubelet, grid[1] * patch, grid[2] * patch)
+        assert torch.equal(loop(clip, index, patch, tubelet, order)[:, :-1], rows[:, :-1].double())
+        everything = torch.arange(tokens, dtype=torch.int32).expand(3, -1)
+        empty = [[i for i in range(tokens) if i not in row] for row in index.tolist()]
+        all_rows = gather_patches(clip, everything, patch=patch, tubelet=tubelet, dtype=dtype, order=order)
+        assert all(not all_rows[b, ids].any() for b, ids in enumerate(empty))
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_gradients_are_adjoint(name: str) -> None:
+    clip, index = make_clip((2, 3, 2), 4, 2, 3, torch.float32).requires_grad_(), random_index(3, 5, 12, padding=1)
+    upstream = torch.randn(3, 6, 96)
+    with backend.use_backend(name):
+        gather_patches(clip, index, patch=4).backward(upstream)
+        expected = scatter_patches(upstream, index, grid=(2, 3, 2), patch=4)
+        assert torch.equal(clip.grad, expected)
+        rows = torch.randn(3, 6, 96, requires_grad=True)
+        upstream = torch.randn(expected.shape)
+        scatter_patches(rows, index, grid=(2, 3, 2), patch=4, order="pixel").backward(upstream)
+        assert torch.equal(rows.grad, gather_patches(upstream, index, patch=4, order="pixel"))
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_gradient_of_an_expanded_upstream(name: str) -> None:
+    """sum().backward() hands over a gradient of stride 0."""
+    clip, index = make_clip((2, 2, 2), 4, 2, 3, torch.float32).requires_grad_(), random_index(3, 3, 8)
+    with backend.use_backend(name):
+        gather_patches(clip, index, patch=4).sum().backward()
+    assert clip.grad is not None
+    assert float(clip.grad.sum()) == 3 * 3 * 96
+    assert set(clip.grad.unique().tolist()) == {0.0, 1.0}
+
+
+def test_gradcheck() -> None:
+    index = random_index(2, 2, 8, padding=1)
+    clip = torch.randn(2, 1, 2, 4, 4, dtype=torch.float64, requires_grad=True)
+    rows = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
+
+    def gather(c: Tensor) -> Tensor:
+        return gather_patches(c, index, patch=2, tubelet=1, dtype=torch.float64)
+
+    def scatter(r: Tensor) -> Tensor:
+        return scatter_patches(r, index, grid=(2, 2, 2), patch=2, tubelet=1, channels=1)
+
+    for function, argument in ((gather, clip), (scatter, rows)):
+        assert torch.autograd.gradcheck(function, argument)
+        assert torch.autograd.gradgradcheck(function, argument)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_memory_layouts(name: str) -> None:
+    index = random_index(2, 5, 12)
+    with backend.use_backend(name):
+        for dtype in (torch.uint8, torch.float32):
+            clip = make_clip((2, 2, 3), 4, 2, 3, dtype, batch=2)
+            expected = gather_patches(clip, index, patch=4)
+            for layout, other in awkward(clip):
+                assert torch.equal(gather_patches(other, index, patch=4), expected), layout
+            for layout, other in awkward(index):
+                assert torch.equal(gather_patches(clip, other, patch=4), expected), layout
+            assert torch.equal(gather_patches(clip, index.long(), patch=4), expected)
+            same = expanded(clip)
+            assert torch.equal(gather_patches(same, index, patch=4), gather_patches(same.contiguous(), index, patch=4))
+        rows = torch.randn(2, 5, 96)
+        expected = scatter_patches(rows, index, grid=(2, 2, 3), patch=4)
+        for layout, other in awkward(rows):
+            assert torch.equal(scatter_patches(other, index, grid=(2, 2, 3), patch=4), expected), layout
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_empty_lists(name: str) -> None:
+    with backend.use_backend(name):
+        none = torch.empty(2, 0, dtype=torch.int32)
+        clip = make_clip((1, 2, 2), 4, 2, 3, torch.uint8, batch=2)
+        assert gather_patches(clip, none, patch=4).shape == (2, 0, 96)
+        assert not scatter_patches(torch.empty(2, 0, 96), none, grid=(1, 2, 2), patch=4).any()
+        assert gather_patches(clip[:0], none[:0], patch=4).shape == (0, 0, 96)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_opcheck(name: str) -> None:
+    index, identity = random_index(2, 3, 8, padding=1), ([1.0] * 3, [0.0] * 3)
+    with backend.use_backend(name):
+        for dtype in (torch.uint8, torch.float32):
+            clip = make_clip((2, 2, 2), 2, 2, 3, dtype, batch=2)
+            clip.requires_grad_(dtype == torch.float32)
+            opcheck(torch.ops.vmae2.gather_patches.default, (clip, index, 2, 2, *identity, torch.float32, "conv", ""))
+        rows = torch.randn(2, 4, 24, requires_grad=True)
+        opcheck(torch.ops.vmae2.scatter_patches.default, (rows, index, [2, 2, 2], 2, 2, 3, "pixel", ""))
+
+
+def test_compiles_as_one_graph() -> None:
+    index = random_index(2, 3, 8)
+
+    def through(clip: Tensor) -> Tensor:
+        rows = gather_patches(clip, index, patch=2) * 2
+        return scatter_patches(rows, index, grid=(2, 2, 2), patch=2).square().sum()
+
+    eager, compiled = (make_clip((2, 2, 2), 2, 2, 3, torch.float32, batch=2) for _ in range(2))
+    compiled.copy_(eager)
+    through(eager.requires_grad_()).backward()
+    compiles(through, compiled.requires_grad_()).backward()
+    assert torch.equal(eager.grad, compiled.grad)
+
+
+def test_runs_on_fake_tensors() -> None:
+    with FakeTensorMode():
+        rows = gather_patches(
+            torch.empty(2, 4, 8, 8, 3, dtype=torch.uint8), torch.empty(2, 3, dtype=torch.int32), patch=4, dtype=torch.bfloat16
+        )
+        assert (rows.shape, rows.dtype) == ((2, 3, 96), torch.bfloat16)
+        assert scatter_patches(rows, torch.empty(2, 3, dtype=torch.int32), grid=(2, 2, 2), patch=4).shape == (2, 3, 4, 8, 8)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("bad", [-2, 8, 2**31 - 1])
+def test_ids_outside_the_grid_raise(name: str, bad: int) -> None:
+    index = torch.tensor([[0, 1], [2, bad]], dtype=torch.int32)
+    with backend.use_backend(name):
+        with pytest.raises(IndexError):
+            gather_patches(make_clip((2, 2, 2), 2, 2, 3, torch.uint8, batch=2), index, patch=2)
+        with pytest.raises(IndexError):
+            scatter_patches(torch.zeros(2, 2, 24), index, grid=(2, 2, 2), patch=2)
+
+
+@pytest.mark.skipif("native" not in BACKENDS, reason="no native extension")
+def test_native_refuses_a_token_named_twice() -> None:
+    with backend.use_backend("native"), pytest.raises(ValueError, match=r"index\[1\] holds token 3 twice"):
+        scatter_patches(torch.zeros(2, 2, 24), torch.tensor([[0, 3], [3, 3]]), grid=(2, 2, 2), patch=2)
+
+
+@pytest.mark.parametrize(
+    ("clip", "index", "options", "message"),
+    [
+        ((2, 4, 8, 8, 3), (2, 3), {"patch": 3}, "multiples of tubelet 2 and patch 3"),
+        ((2, 3, 8, 8, 3), (2, 3), {"patch": 4}, "T, H, W = 3, 8, 8"),
+        ((2, 4, 8, 8), (2, 3), {"patch": 4}, "clip must be uint8"),
+        ((2, 4, 8, 8, 3), (3, 3), {"patch": 4}, r"index must be int32 \[B, K\] with B = 2"),
+        ((2, 4, 8, 8, 4), (2, 3), {"patch": 4}, "both be given for 4 channels"),
+        ((2, 4, 8, 8, 4), (2, 3), {"patch": 4, "mean": [0] * 3, "std": [1] * 3}, "4 values each"),
+        ((2, 4, 8, 8, 3), (2, 3), {"patch": 4, "order": "tyxc"}, "order must be one of conv, pixel"),
+        ((2, 4, 8, 8, 3), (2, 3), {"patch": 4, "dtype": torch.int32}, "floating point"),
+    ],
+)
+def test_gather_rejects(clip: tuple, index: tuple, options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        gather_patches(torch.zeros(clip, dtype=torch.uint8), torch.zeros(index, dtype=torch.int32), **options)
+
+
+@pytest.mark.parametrize(
+    ("rows", "index", "options", "message"),
+    [
+        ((2, 3, 95), (2, 3), {}, r"\[B, K, 96\]"),
+        ((2, 3, 96), (2, 4), {}, "3 rows but 4 indices"),
+        ((2, 3, 96), (2, 3), {"grid": (2, 2)}, "grid"),
+        ((2, 3, 96), (2, 3), {"order": "x"}, "order"),
+    ],
+)
+def test_scatter_rejects(rows: tuple, index: tuple, options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        scatter_patches(torch.zeros(rows), torch.zeros(index, dtype=torch.int32), **{"grid": (2, 2, 2), "patch": 4, **options})
+
+
+@pytest.mark.cuda
+def test_cuda_has_the_cpu_bits() -> None:
+    index = random_index(2, 3, 8)
+    clip = make_clip((2, 2, 2), 4, 2, 3, torch.uint8, batch=2)
+    rows = gather_patches(clip.cuda(), index.cuda(), patch=4)
+    assert torch.equal(rows.cpu(), gather_patches(clip, index, patch=4))
+    again = scatter_patches(rows, index.cuda(), grid=(2, 2, 2), patch=4)
+    assert torch.equal(again.cpu(), scatter_patches(rows.cpu(), index, grid=(2, 2, 2), patch=4))

@@ -1,0 +1,235 @@
+"""Which implementation of an op runs: `VMAE2_BACKEND`, `use_backend()`, and why each other one was refused.
+
+Every op registers its implementations in a fixed order of preference per device type. A request is an ordered list
+(`native,reference`) for all ops, or for one op (`attention=sdpa+reference`), or both mixed with commas:
+
+    VMAE2_BACKEND="native,reference,attention=reference" python train.py
+
+A request never falls back silently: an op whose list holds nothing that can run raises and names what could.
+The choice is process-global (autograd threads see no context variables): it is resolved in the forward and handed to
+the backward op as an argument. This file imports nothing of the package but the optional native extension.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import importlib.util
+import os
+import platform
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+WhyNot = Callable[[torch.device], "str | None"]
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to run an op. `why_not(device)` gives the reason it cannot run there, or None."""
+
+    run: Callable[..., Any]
+    why_not: WhyNot = lambda device: None
+
+
+@dataclass(frozen=True)
+class OpEntry:
+    name: str
+    implementations: dict[str, Implementation]
+    order: dict[str, tuple[str, ...]]  # device type -> preference; "*" is any other device
+
+
+_OPS: dict[str, OpEntry] = {}
+
+
+class BackendError(RuntimeError):
+    """No requested implementation of an op can run."""
+
+
+def register_op(name: str, implementations: dict[str, Implementation], order: dict[str, tuple[str, ...]]) -> None:
+    """Make an op known. `order["*"]` must name an implementation that runs on every device."""
+    assert "*" in order, name
+    assert all(n in implementations for names in order.values() for n in names), name
+    _OPS[name] = OpEntry(name, implementations, order)
+
+
+def ops() -> list[str]:
+    """Names of all registered ops."""
+    return sorted(_OPS)
+
+
+@dataclass(frozen=True)
+class _Request:
+    every: tuple[str, ...] = ()
+    one: tuple[tuple[str, tuple[str, ...]], ...] = ()
+
+    def for_op(self, op: str) -> tuple[str, ...]:
+        return dict(self.one).get(op, self.every)
+
+
+def _parse(text: str) -> _Request:
+    every: list[str] = []
+    one: dict[str, tuple[str, ...]] = {}
+    for item in filter(None, (part.strip() for part in text.split(","))):
+        op, equals, names = item.partition("=")
+        if equals:
+            one[op.strip()] = tuple(n.strip() for n in names.split("+") if n.strip())
+        else:
+            every.append(item)
+    return _Request(tuple(every), tuple(one.items()))
+
+
+def _validated(request: _Request) -> _Request:
+    known = {n for entry in _OPS.values() for n in entry.implementations}
+    for op, names in request.one:
+        if op not in _OPS:
+            raise BackendError(f"unknown op {op!r} in a backend request; ops: {', '.join(ops())}")
+        for n in names:
+            if n not in _OPS[op].implementations:
+                raise BackendError(f"{op} has no backend {n!r}; it has: {', '.join(_OPS[op].implementations)}")
+    for n in request.every:
+        if n not in known:
+            raise BackendError(f"unknown backend {n!r}; backends: {', '.join(sorted(known))}")
+    return request
+
+
+_current: _Request | None = None  # set by use_backend; None: read the environment
+
+
+@functools.lru_cache(maxsize=8)
+def _from_environment(text: str) -> _Request:
+    return _validated(_parse(text))
+
+
+def _request() -> _Request:
+    return _current if _current is not None else _from_environment(os.environ.get("VMAE2_BACKEND", ""))
+
+
+@contextlib.contextmanager
+def use_backend(request: str) -> Iterator[None]:
+    """Run the body with `request` (the syntax of VMAE2_BACKEND) in force, in all threads of the process."""
+    global _current
+    before, _current = _current, _validated(_parse(request))
+    try:
+        yield
+    finally:
+        _current = before
+
+
+def refusals(op: str, device: torch.device | str) -> dict[str, str | None]:
+    """For each implementation of `op`: None if it can run on `device`, else the reason it cannot."""
+    device = torch.device(device)
+    return {n: impl.why_not(device) for n, impl in _OPS[op].implementations.items()}
+
+
+def available(op: str, device: torch.device | str) -> list[str]:
+    """Implementations of `op` that can run on `device`, the default one first."""
+    device = torch.device(device)
+    entry = _OPS[op]
+    order = entry.order.get(device.type, entry.order["*"])
+    names = [*order, *(n for n in entry.implementations if n not in order)]
+    return [n for n in names if entry.implementations[n].why_not(device) is None]
+
+
+def pick(op: str, device: torch.device) -> str:
+    """The implementation that runs `op` on `device` now. Raises BackendError if the request leaves nothing."""
+    entry = _OPS[op]
+    wanted = _request().for_op(op)
+    for n in wanted or entry.order.get(device.type, entry.order["*"]):
+        impl = entry.implementations.get(n)
+        if impl is not None and impl.why_not(device) is None:
+            return n
+    reasons = "; ".join(
+        f"{n}: {entry.implementations[n].why_not(device) if n in entry.implementations else 'not implemented for this op'}"
+        for n in wanted
+    )
+    raise BackendError(
+        f"{op}: none of the requested backends ({', '.join(wanted) or 'default'}) can run on {device.type}: {reasons}. "
+        f"Available: {', '.join(available(op, device))}"
+    )
+
+
+def run(op: str, name: str, *args: Any) -> Any:
+    """Call implementation `name` of `op`."""
+    return _OPS[op].implementations[name].run(*args)
+
+
+@functools.cache
+def native() -> Any | None:
+    """The compiled extension `vmae2_fast._C`, or None. VMAE2_NATIVE=require makes its absence an error, =off hides it."""
+    wish = os.environ.get("VMAE2_NATIVE", "auto")
+    if wish == "off":
+        return None
+    try:
+        return importlib.import_module("vmae2_fast._C")
+    except ImportError as error:
+        if wish == "require":
+            raise BackendError(
+                f"VMAE2_NATIVE=require, but vmae2_fast._C cannot be imported ({error}); "
+                "build it with `pip install .` and a C++ compiler"
+            ) from error
+        return None
+
+
+def why_not_native(device: torch.device) -> str | None:
+    """The refusal shared by all native implementations."""
+    if native() is None:
+        return "vmae2_fast._C was not built (no C++ compiler at install time, or VMAE2_NATIVE=off)"
+    if device.type == "cpu":
+        return None
+    if device.type == "cuda":
+        return None if native().cuda_available() else "vmae2_fast._C was built without CUDA (nvcc not found at install time)"  # type: ignore[union-attr]
+    return f"no native kernels for {device.type}"
+
+
+def why_not_native_cpu(device: torch.device) -> str | None:
+    """For native implementations that exist in C++ only."""
+    return why_not_native(device) if device.type == "cpu" else f"native kernel exists for cpu only, not {device.type}"
+
+
+def environment() -> dict[str, Any]:
+    """What this machine has and what would run: the report behind `vmae2 env` and each run's `environment.json`."""
+
+    def version(module: str) -> str | None:
+        from importlib import metadata
+
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            return metadata.version(module)
+        return None
+
+    packages = {
+        n: version(n)
+        for n in ("torch", "triton", "numpy", "safetensors", "av", "flash-attn", "nvidia-dali-cuda130", "torchao")
+    }
+    packages["apex"] = "present" if importlib.util.find_spec("apex") else None
+    extension = native()
+    devices = ["cpu"] + [f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())]
+    kinds = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "threads": torch.get_num_threads(),
+        "packages": packages,
+        "native": None if extension is None else extension.build_info(),
+        "devices": devices,
+        "request": os.environ.get("VMAE2_BACKEND", ""),
+        "ops": {
+            op: {
+                kind: {"runs": _picked(op, kind), "refused": {n: r for n, r in refusals(op, kind).items() if r}}
+                for kind in kinds
+            }
+            for op in ops()
+        },
+        "executable": sys.executable,
+    }
+
+
+def _picked(op: str, kind: str) -> str:
+    try:
+        return pick(op, torch.device(kind))
+    except BackendError as error:
+        return f"error: {error}"

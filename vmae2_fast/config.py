@@ -1,0 +1,345 @@
+"""Every value of a run, as frozen dataclasses with JSON in and out.
+
+A recipe returns one `PretrainConfig`, `ClassifyConfig` or `DistillConfig` (one stage), or a `Progression` of them.
+Defaults live here and nowhere else. Command-line flags are made from these classes by tyro (`vmae2 launch RECIPE
+--optim.lr 3e-4`). This file imports nothing of the package, so every floor may read it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Union
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def _divisible(name: str, value: int, by: str, unit: int) -> None:
+    if unit < 1 or value % unit:
+        below, above = value // max(unit, 1) * unit, (value // max(unit, 1) + 1) * unit
+        near = f"{below} or {above}" if below > 0 else f"{above}"
+        raise ValueError(f"{name}={value} is not divisible by {by}={unit}; the nearest valid values are {near}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """One model: an official name and what differs from it. None means "as the name says"."""
+
+    name: str
+    """`pretrain_videomae_{small,base,large,huge}_patch16_224`, `pretrain_videomae_giant_patch14_224`, `vit_*`."""
+    frames: int = 16
+    """Frames of a clip (T)."""
+    size: int = 224
+    """Height and width of a clip in pixels."""
+    patch: int | None = None
+    tubelet: int = 2
+    in_chans: int = 3
+    width: int | None = None
+    depth: int | None = None
+    heads: int | None = None
+    mlp_ratio: float | None = None
+    decoder_mlp_ratio: float | None = None
+    """None: as the encoder's, which is what the released code does."""
+    decoder_width: int | None = None
+    decoder_depth: int = 4
+    decoder_heads: int | None = None
+    num_classes: int = 0
+    """Classes of the head; 0 gives a trunk without a head. Ignored by pre-training models."""
+    pooling: Literal["mean", "first"] = "mean"
+    """Mean over tokens then fc_norm (the official default), or the final norm's first token."""
+    drop_path: float = 0.0
+    head_dropout: float = 0.0
+    head_init_scale: float = 0.001
+    init_std: float = 0.02
+    """Deviation of the initial matrices of a classification model; the official 0.02 is small for narrow ones."""
+    layer_scale: float = 0.0
+    """Initial value of the per-channel branch scales (`gamma_1`, `gamma_2`); 0 leaves them out."""
+    cosine_attention: bool = False
+    qkv_bias: bool = True
+    norm_eps: float = 1e-6
+    output_norm_eps: float | None = None
+    """Of the norm in front of the head (`decoder.norm`, `fc_norm`); None: `norm_eps`. Hugging Face models have 1e-5."""
+    positions: Literal["exact", "official", "interpolate"] = "exact"
+    """The sin-cos table of a clip that is not 16x224: built for its own grid, as the official script leaves it (several
+    sizes are errors or scrambled there), or the 16x224 table interpolated along t, y, x. See `models.vit.PositionTable`."""
+    learnable_positions: bool = False
+    """A trained `pos_embed` instead of the sin-cos table; classification models only."""
+    pixel_mean: tuple[float, ...] | None = None
+    """Per channel, for pixels in [0, 1]; None: ImageNet's, for 3 channels."""
+    pixel_std: tuple[float, ...] | None = None
+    activation_checkpoint: Literal["none", "mlp", "block"] = "none"
+    residual_dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskConfig:
+    """Dual masking (paper section 3.2): what the encoder sees and what the decoder reconstructs."""
+
+    encoder_ratio: float = 0.9
+    decoder: Literal["running_cell", "none", "frame", "random", "tube"] = "running_cell"
+    decoder_ratio: float = 0.5
+    """Share of tokens the decoder leaves out; a multiple of 1/4 for the running cell."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    """One source of clips in a mixture."""
+
+    name: str
+    """A table of `datasets.toml`, or any name when `root` is given."""
+    split: str = "train"
+    weight: float = 1.0
+    """Clips drawn per epoch as a multiple of the source's own size."""
+    stride: int | None = None
+    """Frames between two sampled frames; None takes the data set's own, then `DataConfig.stride`."""
+    root: str | None = None
+    """A folder tree (sub-folder or file name = label) or, with `list`, the prefix of its paths."""
+    list: str | None = None
+    """An official list file, relative to `root` or absolute."""
+    template: str | None = None
+    """Frame file template of raw-frame sources, for example `img_{:05}.jpg`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which clips, and how each is cut out of its video."""
+
+    sources: tuple[SourceConfig, ...] = ()
+    datasets: str | None = None
+    """Path of `datasets.toml`; None reads VMAE2_DATASETS, then ./datasets.toml."""
+    stride: int = 4
+    sampling: Literal["pretrain", "dense", "segment"] = "pretrain"
+    """Official frame-index rules: pre-training's dense clip, fine-tuning's dense clip, SSv2's segments (TSN)."""
+    views: int = 1
+    """Views of one decode (`num_sample`): they share frames, crop and masks are drawn anew for each."""
+    crop: Literal["multi_scale", "random_resized", "center"] = "multi_scale"
+    flip: bool = False
+    workers: int = 2
+    """Decoder threads."""
+    prefetch: int = 4
+    """Batches kept ready."""
+    cache_mb: int = 0
+    """Keep decoded short videos in memory up to this many MiB; worth it for sets that fit."""
+    max_attempts: int = 8
+    """Replacements tried for a clip that cannot be decoded."""
+    max_bad_rate: float = 0.5
+    """Stop when more than this share of the clips had to be replaced."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViewsConfig:
+    """Multi-view test: `segments` clips in time x `crops` in space, softmax averaged."""
+
+    segments: int = 5
+    crops: int = 3
+    batch: int = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW, layer-wise decay, linear warm-up then cosine per step."""
+
+    lr: float = 1.5e-4
+    """Base learning rate; the real one is lr * global batch / `lr_batch`."""
+    lr_batch: int = 256
+    """0: `lr` is taken as it is."""
+    min_lr: float = 1e-5
+    """Scaled like `lr`."""
+    warmup_epochs: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.05
+    weight_decay_end: float | None = None
+    layer_decay: float = 1.0
+    clip_grad: float | None = None
+    """Global gradient norm above which gradients are scaled down."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The loop: how long, how large, how exact, how often saved."""
+
+    epochs: int = 1
+    global_batch: int = 64
+    """Clips (views counted) of one optimiser step over all devices; it belongs to the recipe."""
+    micro_batch: int | None = None
+    """Clips of one forward; None: all of them at once. Must divide the global batch."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16: autocast."""
+    loss_denominator: Literal["code", "paper"] = "code"
+    checkpoint_every: int = 500
+    """Optimiser steps between two checkpoints; the end of the run always saves."""
+    keep_checkpoints: int = 2
+    log_every: int = 10
+    validate_every: int = 0
+    """Epochs between two validations; 0: only at the end."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """What all stages share."""
+
+    name: str
+    cites: str = ""
+    """The table or script the values come from."""
+    model: ModelConfig
+    data: DataConfig
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    validation: DataConfig | None = None
+    init: str | None = None
+    """Weights to start from: a file, a run directory, or `hf:OWNER/NAME[@REV]`."""
+    out: str = "runs"
+    """Parent folder of the run directory `OUT/NAME`."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        train = self.train
+        _require(train.global_batch >= 1, f"train.global_batch must be at least 1, got {train.global_batch}")
+        _divisible("train.global_batch", train.global_batch, "data.views", self.data.views)
+        if train.micro_batch is not None:
+            _divisible("train.global_batch", train.global_batch, "train.micro_batch", train.micro_batch)
+            _divisible("train.micro_batch", train.micro_batch, "data.views", self.data.views)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig(RunConfig):
+    """Dual-masked pre-training."""
+
+    mask: MaskConfig = field(default_factory=MaskConfig)
+    normalize_target: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifyConfig(RunConfig):
+    """Post-pre-training and fine-tuning."""
+
+    label_smoothing: float = 0.1
+    views: ViewsConfig = field(default_factory=ViewsConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillConfig(RunConfig):
+    """A small student learns a teacher's distribution over classes (paper, appendix on distillation)."""
+
+    teacher: ModelConfig
+    teacher_weights: str | None = None
+    temperature: float = 3.0
+    label_weight: float = 0.0
+    """Weight of the cross-entropy with the true label beside the KL term."""
+    views: ViewsConfig = field(default_factory=ViewsConfig)
+
+
+Stage = PretrainConfig | ClassifyConfig | DistillConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareConfig:
+    """Data made before the first stage, with `OUT/data/datasets.toml` for the stages to read."""
+
+    folder: str | None = None
+    """A folder of labelled videos (file name or sub-folder = label); None writes the moving scenes."""
+    size: int = 64
+    """Height and width of a scene; short side of the small copies made of a folder's videos."""
+    scale: float = 1.0
+    """Number of scenes as a multiple of the demo's."""
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progression:
+    """Stages in order; the weights of one are handed on to the next that asks for them with `init="stage:NAME"`."""
+
+    name: str
+    cites: str = ""
+    prepare: PrepareConfig | None = None
+    stages: tuple[Stage, ...]
+    out: str = "runs"
+    """Folder of the whole progression; stage NAME runs in `OUT/NAME`."""
+
+    def stage(self, name: str) -> Stage:
+        for stage in self.stages:
+            if stage.name == name:
+                return stage
+        raise ValueError(unknown("stage", name, [s.name for s in self.stages]))
+
+
+KINDS: dict[str, type] = {c.__name__: c for c in (PretrainConfig, ClassifyConfig, DistillConfig, Progression)}
+
+
+def unknown(what: str, name: str, known: list[str]) -> str:
+    """The message for a name nobody knows: close matches first, else what there is."""
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(close)}?" if close else f"there are: {', '.join(sorted(known))}"
+    return f"unknown {what} {name!r}; {hint}"
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A config as plain JSON values, its class under `kind`."""
+    out: dict[str, Any] = {"kind": type(config).__name__} if type(config).__name__ in KINDS else {}
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if dataclasses.is_dataclass(value):
+            value = to_dict(value)
+        elif isinstance(value, tuple):
+            value = [to_dict(v) if dataclasses.is_dataclass(v) else v for v in value]
+        out[f.name] = value
+    return out
+
+
+def from_dict(data: dict[str, Any], cls: type | None = None) -> Any:
+    """The inverse of `to_dict`. Raises ValueError naming an unknown or missing key."""
+    data = dict(data)
+    kind = data.pop("kind", None)
+    if kind is not None:
+        _require(kind in KINDS, unknown("config kind", str(kind), list(KINDS)))
+        cls = KINDS[kind]
+    assert cls is not None
+    hints = typing.get_type_hints(cls)
+    names = [f.name for f in dataclasses.fields(cls)]
+    for key in data:
+        _require(key in names, f"{cls.__name__}: {unknown('key', key, names)}")
+    values = {key: _decode(value, hints[key]) for key, value in data.items()}
+    try:
+        return cls(**values)
+    except TypeError as error:
+        raise ValueError(f"{cls.__name__}: {error}") from error
+
+
+def _decode(value: Any, hint: Any) -> Any:
+    origin = typing.get_origin(hint)
+    if origin in (Union, types.UnionType):
+        if value is None:
+            return None
+        options = [a for a in typing.get_args(hint) if a is not type(None)]
+        return (
+            _decode(value, options[0])
+            if isinstance(value, list) or len(options) == 1
+            else (from_dict(value) if isinstance(value, dict) else value)
+        )
+    if isinstance(value, dict) and dataclasses.is_dataclass(hint):
+        return from_dict(value, hint)  # type: ignore[arg-type]
+    if isinstance(value, list):
+        inner = typing.get_args(hint)[0] if typing.get_args(hint) else None
+        return tuple(_decode(v, inner) for v in value)
+    return value
+
+
+def save(config: Any, path: str | Path) -> None:
+    Path(path).write_text(json.dumps(to_dict(config), indent=2) + "\n")
+
+
+def load(path: str | Path) -> Any:
+    """Read a config written by `save`. Raises ValueError naming the file."""
+    try:
+        return from_dict(json.loads(Path(path).read_text()))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: not a run configuration: {error}") from error

@@ -1,0 +1,31 @@
+"""Differentiable, registered ops: a plain torch reference each, native and other implementations behind `backend.pick`."""
+
+from __future__ import annotations
+
+from .attention import attention, cosine_attention
+from .decoder_tokens import decoder_tokens
+from .masks import DualMask, dual_mask, dual_mask_from_masks, mask_sizes, masks_from_rng
+from .mlp import norm_mlp
+from .norm import norm_qkv, residual_norm
+from .patches import IMAGENET_MEAN, IMAGENET_STD, gather_patches, scatter_patches
+from .reconstruction import patch_statistics, reconstruction_loss
+
+__all__ = [
+    "IMAGENET_MEAN",
+    "IMAGENET_STD",
+    "DualMask",
+    "attention",
+    "cosine_attention",
+    "decoder_tokens",
+    "dual_mask",
+    "dual_mask_from_masks",
+    "gather_patches",
+    "mask_sizes",
+    "masks_from_rng",
+    "norm_mlp",
+    "norm_qkv",
+    "patch_statistics",
+    "reconstruction_loss",
+    "residual_norm",
+    "scatter_patches",
+]

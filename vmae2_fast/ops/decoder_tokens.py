@@ -1,0 +1,106 @@
+"""The decoder's input sequence: projected encoder tokens, then one mask token for each position to decode.
+
+    out[b, i]     = visible[b, i] + position_table[visible_index[b, i]]           i < V
+    out[b, V + j] = mask_token + position_table[decode_index[b, j]]               j < Nd
+
+The backward is slices: dvisible = g[:, :V], dmask_token = the sum of g[:, V:] over clips and tokens. The table has none.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import backend
+from ._half_block import statistics_dtype
+from ._register import check, define
+
+
+def _output_dtype(visible: Tensor, mask_token: Tensor) -> torch.dtype:
+    return torch.promote_types(visible.dtype, mask_token.dtype)
+
+
+def _reference(
+    visible: Tensor, mask_token: Tensor, position_table: Tensor, visible_index: Tensor, decode_index: Tensor
+) -> Tensor:
+    b, v, d = visible.shape
+    dtype = _output_dtype(visible, mask_token)
+    rows = torch.cat((visible_index, decode_index), dim=1).view(-1)
+    out = position_table.to(statistics_dtype(dtype)).index_select(0, rows).view(b, -1, d)
+    out[:, :v].add_(visible)
+    out[:, v:].add_(mask_token)
+    return out.to(dtype)
+
+
+backend.register_op("decoder_tokens", {"reference": backend.Implementation(_reference)}, {"*": ("reference",)})
+
+
+def _fake(visible: Tensor, mask_token: Tensor, position_table: Tensor, visible_index: Tensor, decode_index: Tensor) -> Tensor:
+    b, v, d = visible.shape
+    return visible.new_empty((b, v + decode_index.shape[1], d), dtype=_output_dtype(visible, mask_token))
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    visible, mask_token = inputs[:2]
+    ctx.visible_tokens, ctx.visible_dtype = visible.shape[1], visible.dtype
+    ctx.mask_token_dtype = mask_token.dtype
+
+
+def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    dvisible, dmask = None, None
+    if ctx.needs_input_grad[0]:
+        dvisible = grad[:, : ctx.visible_tokens].to(ctx.visible_dtype)
+    if ctx.needs_input_grad[1]:
+        dmask = (
+            grad[:, ctx.visible_tokens :].sum((0, 1), dtype=statistics_dtype(grad.dtype)).to(ctx.mask_token_dtype)[None, None]
+        )
+    return dvisible, dmask, None, None, None
+
+
+_decoder_tokens = define(
+    "decoder_tokens(Tensor visible, Tensor mask_token, Tensor position_table, Tensor visible_index, Tensor decode_index) "
+    "-> Tensor",
+    lambda visible, *rest: backend.run("decoder_tokens", backend.pick("decoder_tokens", visible.device), visible, *rest),
+    _fake,
+    backward=_autograd,
+    setup_context=_save,
+)
+
+
+def decoder_tokens(
+    visible: Tensor, mask_token: Tensor, position_table: Tensor, visible_index: Tensor, decode_index: Tensor
+) -> Tensor:
+    """Put together the decoder's input (paper section 3.2: visible tokens, then mask tokens, each with its position).
+
+    Args:
+        visible: projected encoder tokens [B, V, D].
+        mask_token: [1, 1, D].
+        position_table: [N, D], constant (no gradient).
+        visible_index: [B, V] int32 or int64 token ids of `visible`.
+        decode_index: [B, Nd] int32 or int64 token ids to decode.
+
+    Returns:
+        [B, V + Nd, D] in the wider dtype of visible and mask_token (fp32 with bf16 tokens and an fp32 parameter).
+
+    Raises ValueError on shapes or index dtypes that do not fit.
+    """
+    check(visible.ndim == 3, f"decoder_tokens: visible must be [B, V, D], got {tuple(visible.shape)}")
+    b, v, d = visible.shape
+    check(mask_token.shape == (1, 1, d), f"decoder_tokens: mask_token must be [1, 1, {d}], got {tuple(mask_token.shape)}")
+    check(
+        position_table.ndim == 2 and position_table.shape[1] == d,
+        f"decoder_tokens: position_table must be [N, {d}], got {tuple(position_table.shape)}",
+    )
+    check(visible_index.shape == (b, v), f"decoder_tokens: visible_index must be [{b}, {v}], got {tuple(visible_index.shape)}")
+    check(
+        decode_index.ndim == 2 and decode_index.shape[0] == b,
+        f"decoder_tokens: decode_index must be [{b}, Nd], got {tuple(decode_index.shape)}",
+    )
+    for name, index in (("visible_index", visible_index), ("decode_index", decode_index)):
+        check(index.dtype in (torch.int32, torch.int64), f"decoder_tokens: {name} must be int32 or int64, got {index.dtype}")
+    out: Tensor = _decoder_tokens(
+        visible, mask_token, position_table, visible_index.to(torch.int32), decode_index.to(torch.int32)
+    )
+    return out

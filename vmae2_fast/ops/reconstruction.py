@@ -1,0 +1,266 @@
+"""Reconstruction loss of predicted patches (paper section 3.1 and 3.2), target and error in one pass.
+
+For a loss token the target is its patch in order (t, y, x, c), pixels z in [0, 1], normalised per token and channel c over
+the n = tubelet*patch*patch pixels:
+
+    target = (z - mean_c) / (sqrt(var_c) + 1e-6),    var_c unbiased        (normalize=False: target = z)
+
+and its loss the mean over K = n*C of (pred - target)^2. The mean over tokens divides by their number in the whole batch
+("code", what the released code does) or by all decoded tokens ("paper", the equation of section 3.2). The forward keeps
+`error` = pred - target in the dtype of pred, from which the gradient is one scaling: 2/K * error * upstream. No target
+tensor and no float32 copy of pred exist.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import backend
+from . import _native
+from ._register import check, define
+from .patches import channel_statistics, check_clip, check_index, clip_shape, gather_patches_reference, resolve
+
+EPS = 1e-6  # added to the standard deviation, as in the official engine
+
+
+def _compute_dtype(*tensors: Tensor) -> torch.dtype:
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def _pixels(
+    clip: Tensor, index: Tensor, patch: int, tubelet: int, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype
+) -> Tensor:
+    """Pixels in [0, 1] of the indexed patches: [B, L, tubelet*patch*patch, C]."""
+    channels = clip_shape(clip)[4]
+    scale, shift = [1.0] * channels, [0.0] * channels
+    rows = gather_patches_reference(clip, index, patch, tubelet, scale, shift, dtype, "pixel")
+    rows = rows.unflatten(2, (-1, channels))
+    if clip.dtype == torch.uint8:
+        return rows / 255
+    return torch.stack([rows[..., c] * std[c] + mean[c] for c in range(channels)], dim=-1)
+
+
+def _target(
+    clip: Tensor,
+    index: Tensor,
+    patch: int,
+    tubelet: int,
+    normalize: bool,
+    mean: Sequence[float],
+    std: Sequence[float],
+    dtype: torch.dtype,
+) -> Tensor:
+    pixels = _pixels(clip, index, patch, tubelet, mean, std, dtype)
+    if normalize:
+        variance, centre = torch.var_mean(pixels, dim=2, keepdim=True, correction=1)
+        pixels = (pixels - centre) / (variance.sqrt() + EPS)
+    return pixels.flatten(2)
+
+
+def reconstruction_loss_reference(
+    pred: Tensor,
+    clip: Tensor,
+    loss_index: Tensor,
+    patch: int,
+    tubelet: int = 2,
+    normalize: bool = True,
+    mean: Sequence[float] = (),
+    std: Sequence[float] = (),
+) -> tuple[Tensor, Tensor]:
+    """The specification, differentiable in `pred`: (sum of the token losses, number of loss tokens)."""
+    loss_sum, count, _ = _forward_reference(pred, clip, loss_index, patch, tubelet, normalize, mean, std)
+    return loss_sum, count
+
+
+def _forward_reference(pred: Tensor, clip: Tensor, loss_index: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = _compute_dtype(pred, clip)
+    patch, tubelet, normalize, mean, std = arguments
+    with torch.no_grad():
+        target = _target(clip.detach(), loss_index, patch, tubelet, normalize, mean, std, dtype)
+    valid = loss_index >= 0
+    error = torch.where(valid[..., None], pred.to(dtype) - target, 0)
+    return error.square().mean(2).sum(), valid.sum(), error.to(pred.dtype)
+
+
+def _backward_reference(error: Tensor, upstream: Tensor) -> Tensor:
+    dtype = _compute_dtype(error)
+    return (error.to(dtype) * (upstream * (2 / error.shape[2]))).to(error.dtype)
+
+
+def _forward_native(
+    pred: Tensor,
+    clip: Tensor,
+    loss_index: Tensor,
+    patch: int,
+    tubelet: int,
+    normalize: bool,
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> tuple[Tensor, Tensor, Tensor]:
+    pred, clip = pred.contiguous(), clip.contiguous()
+    error = torch.empty_like(pred)
+    loss_sum, count = pred.new_empty((), dtype=torch.float32), loss_index.new_empty((), dtype=torch.int64)
+    _native.extension().reconstruction_loss(
+        _native.address(pred, _native.FLOATS, "reconstruction_loss: pred [B, L, K]"),
+        _native.code(pred.dtype),
+        _native.address(clip, (torch.uint8, *_native.FLOATS), "reconstruction_loss: clip"),
+        _native.code(clip.dtype),
+        *clip_shape(clip), tubelet, patch,
+        _native.address(loss_index, (torch.int32,), "reconstruction_loss: loss_index [B, L]"),
+        loss_index.shape[1], normalize, list(mean), list(std),
+        _native.address(error, (pred.dtype,), "reconstruction_loss: error"),
+        _native.address(loss_sum, (torch.float32,), "reconstruction_loss: loss_sum"),
+        _native.address(count, (torch.int64,), "reconstruction_loss: count"),
+        _native.threads(),
+    )  # fmt: skip
+    return loss_sum, count, error
+
+
+def _backward_native(error: Tensor, upstream: Tensor) -> Tensor:
+    grad = torch.empty_like(error)
+    _native.extension().reconstruction_loss_backward(
+        _native.address(error, _native.FLOATS, "reconstruction_loss_backward: error"),
+        _native.code(error.dtype),
+        error.numel(),
+        _native.address(upstream, (torch.float32,), "reconstruction_loss_backward: upstream"),
+        2 / error.shape[2],
+        _native.address(grad, _native.FLOATS, "reconstruction_loss_backward: grad"),
+        _native.threads(),
+    )
+    return grad
+
+
+_native.register("reconstruction_loss", _forward_reference, _forward_native)
+_native.register("reconstruction_loss_backward", _backward_reference, _backward_native)
+
+
+def _body(pred: Tensor, clip: Tensor, loss_index: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    name = resolve("reconstruction_loss", pred.device, pred.dtype, clip.dtype)
+    return backend.run("reconstruction_loss", name, pred, clip, loss_index.contiguous(), *arguments)
+
+
+def _fake(pred: Tensor, clip: Tensor, loss_index: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    loss_sum = pred.new_empty((), dtype=_compute_dtype(pred, clip))
+    return loss_sum, loss_index.new_empty((), dtype=torch.int64), pred.new_empty(pred.shape)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    pred, clip = inputs[:2]
+    ctx.mark_non_differentiable(output[1], output[2])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(output[2])
+    ctx.backend = resolve("reconstruction_loss", pred.device, pred.dtype, clip.dtype)
+
+
+def _autograd(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    if upstream is None:
+        return (None,) * 8
+    return _loss_backward(ctx.saved_tensors[0], upstream, ctx.backend), *(None,) * 7
+
+
+_loss = define(
+    "reconstruction_loss(Tensor pred, Tensor clip, Tensor loss_index, int patch, int tubelet, bool normalize,"
+    " float[] mean, float[] std) -> (Tensor, Tensor, Tensor)",
+    _body,
+    _fake,
+    backward=_autograd,
+    setup_context=_setup,
+)
+_loss_backward = define(
+    "reconstruction_loss_backward(Tensor error, Tensor upstream, str backend) -> Tensor",
+    lambda error, upstream, name: backend.run("reconstruction_loss_backward", name, error.contiguous(), upstream.contiguous()),
+    lambda error, upstream, name: error.new_empty(error.shape),
+)
+
+
+def reconstruction_loss(
+    pred: Tensor,
+    clip: Tensor,
+    loss_index: Tensor,
+    *,
+    patch: int,
+    tubelet: int = 2,
+    normalize: bool = True,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    denominator: str = "code",
+    decoded: int | None = None,
+    reduction: str = "mean",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Mean squared error between predictions and the (normalised) pixels of the loss tokens.
+
+    pred: float [B, L, K], K = tubelet*patch*patch*C in order (t, y, x, c); clip: uint8 [B, T, H, W, C], or floating point
+    [B, C, T, H, W] already normalised with `mean` and `std` (None: ImageNet's for three channels); loss_index: int32 [B, L]
+    token ids, -1 where padded (int64 is converted). All arithmetic is float32, also under autocast; only `pred` gets a
+    gradient, in its own dtype. float64 runs the reference whatever the backend request says and gives a float64 loss.
+
+    `denominator`: "code" divides by the loss tokens of the whole batch, "paper" by B*`decoded`.
+    Returns the float32 scalar, or with reduction="sum" the pair (sum of the token losses, that denominator as int64
+    scalar). Raises ValueError for mismatched shapes, IndexError (on CPU) for ids outside the grid.
+    """
+    channels = check_clip(clip, patch, tubelet, "reconstruction_loss")[3]
+    width = channels * tubelet * patch * patch
+    check(
+        pred.ndim == 3 and pred.is_floating_point() and pred.shape[0] == clip.shape[0] and pred.shape[2] == width,
+        f"reconstruction_loss: pred must be floating point [{clip.shape[0]}, L, {width}] for this clip, patch {patch} and "
+        f"tubelet {tubelet}, got {pred.dtype} {tuple(pred.shape)}",
+    )
+    check(pred.device == clip.device, f"reconstruction_loss: pred is on {pred.device}, clip on {clip.device}")
+    loss_index = check_index(loss_index, pred.shape[0], pred.device, "reconstruction_loss", "loss_index")
+    check(
+        loss_index.shape[1] == pred.shape[1],
+        f"reconstruction_loss: pred has {pred.shape[1]} tokens a sample, loss_index {loss_index.shape[1]}",
+    )
+    check(
+        not normalize or tubelet * patch * patch > 1,
+        "reconstruction_loss: a patch of one pixel has no variance; use normalize=False",
+    )
+    check(denominator in ("code", "paper"), f"reconstruction_loss: denominator must be code or paper, got {denominator!r}")
+    check(reduction in ("mean", "sum"), f"reconstruction_loss: reduction must be mean or sum, got {reduction!r}")
+    check(
+        denominator == "code" or decoded is not None,
+        'reconstruction_loss: denominator="paper" needs decoded=, the tokens decoded per clip',
+    )
+    statistics = _statistics(clip, mean, std, channels, "reconstruction_loss")
+    loss_sum, count, _ = _loss(pred, clip, loss_index, patch, tubelet, normalize, *statistics)
+    if denominator == "paper":
+        assert decoded is not None
+        count = torch.full_like(count, pred.shape[0] * decoded)
+    if reduction == "sum":
+        return loss_sum, count
+    return loss_sum / count.clamp(min=1)
+
+
+def _statistics(
+    clip: Tensor, mean: Sequence[float] | None, std: Sequence[float] | None, channels: int, op: str
+) -> tuple[list[float], list[float]]:
+    # uint8 clips hold plain pixels: nothing to undo, whatever the number of channels.
+    if clip.dtype == torch.uint8:
+        return [0.0] * channels, [1.0] * channels
+    return channel_statistics(channels, mean, std, op)
+
+
+def patch_statistics(
+    clip: Tensor,
+    index: Tensor,
+    *,
+    patch: int,
+    tubelet: int = 2,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """What turns predictions of normalised patches back into pixels in [0, 1]: pixels = pred*std + mean.
+
+    clip, index, `mean` and `std` as in `reconstruction_loss`. Returns (mean, std) of each patch, float32 [B, L, 1, C]
+    (float64 for a float64 clip); std includes the 1e-6 of the target's formula.
+    """
+    channels = check_clip(clip, patch, tubelet, "patch_statistics")[3]
+    index = check_index(index, clip.shape[0], clip.device, "patch_statistics")
+    statistics = _statistics(clip, mean, std, channels, "patch_statistics")
+    pixels = _pixels(clip, index, patch, tubelet, *statistics, _compute_dtype(clip))
+    variance, centre = torch.var_mean(pixels, dim=2, keepdim=True, correction=1)
+    return centre, variance.sqrt() + EPS
