@@ -1,0 +1,77 @@
+"""The classification ViT: all tokens of a clip -> class scores (the official fine-tuning model)."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from ..config import ModelConfig
+from .positions import PositionTable
+from .sizes import output_norm_eps, resolve
+from .vit import Linear, PatchEmbed, Pending, add, fold, initialise, make_blocks, set_norm_eps, stack, stream
+
+
+class VisionTransformer(nn.Module):
+    """`pooling="mean"`: mean over tokens, then `fc_norm` (the official default; no norm behind the blocks).
+    `pooling="first"`: `norm` of the first token. Then dropout and `head`; without classes the features are the output.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        spec = resolve(config)
+        if spec.kind != "classify":
+            raise ValueError(f"{config.name!r} is a pre-training model; a classification name begins with vit_")
+        self.config, self.spec = config, spec
+        width = spec.encoder.width
+        self.patch_embed = PatchEmbed(spec, config.pixel_mean, config.pixel_std)
+        if config.learnable_positions:
+            self.pos_embed = nn.Parameter(torch.empty(1, spec.tokens, width))
+        else:
+            self.positions = PositionTable(spec, width, config.positions)
+        self.blocks = make_blocks(spec.encoder, config)
+        if config.pooling == "mean":
+            self.fc_norm = nn.LayerNorm(width, eps=output_norm_eps(config))
+        else:
+            self.norm = nn.LayerNorm(width, eps=config.norm_eps)
+        self.head_dropout = nn.Dropout(config.head_dropout)
+        self.head = Linear(width, config.num_classes) if config.num_classes else nn.Identity()
+        self.init_weights()
+
+    def init_weights(self, only: Collection[str] | None = None) -> None:
+        """Official initial values: matrices normal with std `config.init_std` (the official cut at +-2 lies at 100 of 0.02),
+        torch's default for the patch embedding, the head scaled by `config.head_init_scale`. `only`: names to write."""
+        scale, normal = self.config.head_init_scale, partial(nn.init.normal_, std=self.config.init_std)
+        special = {"pos_embed": normal, "head.weight": lambda weight: normal(weight).mul_(scale)}
+        initialise(self, normal, special=special, only=only)
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """Tokens along t, y, x; token id = (t H' + y) W' + x."""
+        return self.spec.grid
+
+    def set_norm_eps(self, norm_eps: float, output: float | None = None) -> None:
+        """Compute all norms with another epsilon; `output`: that of `fc_norm` (None: the same)."""
+        set_norm_eps(self, getattr(self, "fc_norm", None), norm_eps, output)
+
+    def tokens(self, clip: Tensor, rows: slice | None = None) -> Tensor:
+        """Tokens [B, N, width] behind the last block, before any norm (or only `rows` of them).
+
+        clip: uint8 [B, T, H, W, C] or normalised float [B, C, T, H, W]."""
+        return add(*self._stack(clip, rows))
+
+    def _stack(self, clip: Tensor, rows: slice | None) -> tuple[Tensor, Pending]:
+        position = self.pos_embed if self.config.learnable_positions else self.positions()
+        return stack(self.blocks, stream(self.patch_embed(clip) + position, self.config), rows)
+
+    def forward_features(self, clip: Tensor) -> Tensor:
+        """Pooled features [B, width]."""
+        if self.config.pooling == "mean":
+            return self.fc_norm(self.tokens(clip).mean(1))
+        return fold(*self._stack(clip, slice(0, 1)), self.norm)[:, 0]
+
+    def forward(self, clip: Tensor) -> Tensor:
+        """Class scores [B, num_classes], before softmax; [B, width] features if the model has no classes."""
+        return self.head(self.head_dropout(self.forward_features(clip)))

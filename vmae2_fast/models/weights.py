@@ -1,0 +1,275 @@
+"""Weights into models and out of them: `load_weights`, `save_weights`, `convert_weights`.
+
+What fits without a word: the same model; a pre-training checkpoint into a classification model (decoder dropped, the
+encoder's final norm kept only for `pooling="first"`, head and `fc_norm` at their initial values); a head of another
+number of classes (dropped, or turned from K710 to K400/K600/K700 by the official row maps); a checkpoint of another
+clip size (sin-cos tables are not stored, `ModelConfig.positions` decides; a trained `pos_embed` is resized). Every one
+of these is in the `LoadReport`. Anything else is a surprise and raises before a single value has changed.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ..config import to_dict
+from .classify import VisionTransformer
+from .formats import Checkpoint, read_checkpoint
+from .positions import resize_table
+from .pretrain import PretrainViT
+from .sizes import NATIVE_FRAMES
+
+PRETRAIN_ONLY = ("decoder.", "mask_token", "encoder_to_decoder.")
+KINETICS = (400, 600, 700)
+Model = PretrainViT | VisionTransformer
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What `load_weights` did. `str(report)` is one line."""
+
+    source: str
+    loaded: dict[str, str]
+    """Model key -> checkpoint key."""
+    dropped: tuple[str, ...]
+    """Checkpoint keys not used."""
+    initialised: tuple[str, ...]
+    """Model keys the checkpoint does not have: left at, or set to, their initial values."""
+    notes: tuple[str, ...] = ()
+    """What was changed on the way: heads converted or dropped, positions resized, epsilon taken over."""
+
+    def __str__(self) -> str:
+        parts = [f"{len(self.loaded)} tensors loaded"]
+        if self.dropped:
+            parts.append(f"{len(self.dropped)} dropped ({_some(self.dropped, 3)})")
+        if self.initialised:
+            parts.append(f"{len(self.initialised)} initialised ({_some(self.initialised, 3)})")
+        return f"{self.source}: {'; '.join([*parts, *self.notes])}"
+
+
+@dataclass
+class _Plan:
+    """Which tensor goes where; made and checked before the model is touched."""
+
+    source: dict[str, str] = field(default_factory=dict)
+    values: dict[str, Tensor] = field(default_factory=dict)
+    dropped: list[str] = field(default_factory=list)
+    initialised: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def put(self, key: str, source: str, value: Tensor) -> None:
+        self.source[key], self.values[key] = source, value
+
+
+def load_weights(
+    model: Model,
+    source: str | Path,
+    *,
+    head: Literal["auto", "drop"] | Sequence[int] = "auto",
+    checkpoint_grid: tuple[int, int, int] | None = None,
+) -> LoadReport:
+    """Load a checkpoint into `model` (built on the meta device: it is materialised on the default device).
+
+    source: an official file (`model`, `module` or bare, with or without `_orig_mod.`, `backbone.`, `encoder.`), one of
+    ours (safetensors), a Hugging Face VideoMAE folder or file, `hf:OWNER/NAME[@REV]`.
+    head: "auto" loads a head of the same size, converts K710 to 400/600/700 classes and drops any other; a sequence gives
+    for each class of the model its row in the checkpoint's head; "drop" keeps the initial head.
+    checkpoint_grid: (T', H', W') of a trained `pos_embed` of another size; None: known from our own files and Hugging
+    Face's, otherwise taken for a square of 16-frame clips, else of the model's number of frames.
+    Raises ValueError naming the file and keys for missing, unexpected or misshapen tensors, another number of heads, a
+    pickle that holds more than tensors. The model is unchanged then."""
+    checkpoint = read_checkpoint(source)
+    plan = _plan(model, checkpoint, head, checkpoint_grid)
+    if any(p.is_meta for p in model.parameters()):
+        model.to_empty(device=torch.get_default_device())
+        model.init_weights(only=plan.initialised)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if key in plan.values:
+                parameter.copy_(plan.values[key])
+    eps = checkpoint.facts.get("norm_eps")
+    if eps is not None and eps != (model.config.norm_eps, model.config.output_norm_eps):
+        before_head = f", {eps[1]:g} before the head" if eps[1] else ""
+        plan.notes.append(f"norm_eps {model.config.norm_eps:g} -> {eps[0]:g}{before_head}")
+        model.set_norm_eps(*eps)
+    return LoadReport(checkpoint.path, plan.source, tuple(plan.dropped), tuple(plan.initialised), tuple(plan.notes))
+
+
+def _plan(model: Model, checkpoint: Checkpoint, head: Any, checkpoint_grid: tuple[int, int, int] | None) -> _Plan:
+    plan, wanted = _Plan(), {key: p.shape for key, p in model.named_parameters()}
+    state = {key: (key, value) for key, value in checkpoint.state.items()}
+    hints: list[str] = []
+    if isinstance(model, VisionTransformer):
+        pretrained = any(key.startswith((*PRETRAIN_ONLY, "encoder.")) for key in state)
+        state = {key.removeprefix("encoder."): item for key, item in state.items()}
+        unused = (*PRETRAIN_ONLY, "norm.") if pretrained and model.config.pooling == "mean" else PRETRAIN_ONLY
+        for key in [k for k in state if k.startswith(unused)]:
+            plan.dropped.append(state.pop(key)[0])
+        has_head = "head.weight" in state
+        if has_head:
+            _plan_head(plan, state, wanted, head)
+        allowed = ("head.", "fc_norm.") if pretrained or not has_head else ("head.",)
+        plan.initialised += [k for k in wanted if k.startswith(allowed) and k not in state and k not in plan.values]
+        if "pos_embed" in state and "pos_embed" in wanted:
+            _plan_positions(plan, state, model, checkpoint, checkpoint_grid)
+        elif "pos_embed" in state:
+            hints.append("the checkpoint has a trained pos_embed: build the model with learnable_positions=True")
+        if ("fc_norm.weight" if model.config.pooling == "first" else "norm.weight") in state:
+            hints.append(f'the checkpoint pools otherwise than pooling="{model.config.pooling}"')
+    elif "encoder.norm.weight" not in state and checkpoint.facts.get("hugging_face"):
+        hints.append("use_mean_pooling=True leaves out the encoder's final norm; save it with use_mean_pooling=False")
+    elif not any(key.startswith("decoder.") for key in state):
+        hints.append("the checkpoint has no decoder; pre-training weights with one are needed to go on pre-training")
+
+    shapes: dict[str, str] = {}
+    for key in [k for k in state if k in wanted]:
+        original, value = state.pop(key)
+        if value.shape == wanted[key]:
+            plan.put(key, original, value)
+        else:
+            shapes[key] = f"{original} {list(value.shape)} (the model has {list(wanted[key])})"
+    missing = [k for k in wanted if not (k in plan.values or k in plan.initialised or k in shapes)]
+    surprises = {
+        "missing": missing,
+        "unexpected": [original for original, _ in state.values()],
+        "other shape": list(shapes.values()),
+        "other number of heads": _heads_differ(model, checkpoint.facts),
+    }
+    faults = [f"{name}: {_some(keys, 8)}" for name, keys in surprises.items() if keys]
+    if faults:
+        raise ValueError(f"{checkpoint.path} does not fit {model.config.name}: {'; '.join([*faults, *hints])}")
+    return plan
+
+
+def _plan_head(plan: _Plan, state: dict[str, tuple[str, Tensor]], wanted: Mapping[str, Any], head: Any) -> None:
+    original, weight = state["head.weight"]
+    has, wants = weight.shape[0], wanted["head.weight"][0] if "head.weight" in wanted else 0
+    rows: Sequence[int] | None = None
+    if not isinstance(head, str):
+        rows = list(head)
+        if len(rows) != wants or not all(0 <= row < has for row in rows):
+            span = f"{min(rows, default=0)}..{max(rows, default=0)}"
+            raise ValueError(f"head: needs {wants} row numbers below {has}, got {len(rows)} in {span}")
+    elif head == "auto" and has == wants:
+        return
+    elif head == "auto" and has == 710 and wants in KINETICS:
+        rows = label_map(wants)
+    for key in ("head.weight", "head.bias"):
+        if key in state and rows is not None:
+            original, value = state.pop(key)
+            plan.put(key, original, value[torch.tensor(rows)])
+        elif key in state:
+            plan.dropped.append(state.pop(key)[0])
+    plan.notes.append(f"head: {has} classes dropped" if rows is None else f"head: {has} classes converted to {wants}")
+
+
+@functools.cache
+def label_map(classes: int) -> tuple[int, ...]:
+    """For each of K400's, K600's or K700's classes, its index among K710's. Raises ValueError for another number."""
+    if classes not in KINETICS:
+        raise ValueError(f"there are K710 maps for {', '.join(map(str, KINETICS))} classes, not {classes}")
+    return tuple(json.loads((Path(__file__).parent / "label_maps" / f"k710_to_k{classes}.json").read_text()))
+
+
+def _plan_positions(
+    plan: _Plan,
+    state: dict[str, tuple[str, Tensor]],
+    model: VisionTransformer,
+    checkpoint: Checkpoint,
+    grid: tuple[int, int, int] | None,
+) -> None:
+    original, value = state["pos_embed"]
+    count, new = value.shape[1], model.grid
+    old = grid or checkpoint.facts.get("grid")
+    if old is None:
+        steps = [t for t in (new[0], NATIVE_FRAMES // model.spec.tubelet) if math.isqrt(count // t) ** 2 * t == count]
+        # A table that is exactly the model's needs no guess; otherwise official checkpoints are of 16 frames.
+        old = new if count == math.prod(new) else (steps[-1], *[math.isqrt(count // steps[-1])] * 2) if steps else None
+    if old is None or math.prod(old) != count or value.shape[2] != model.spec.encoder.width:
+        return  # the shape check names it
+    if old != new:
+        state.pop("pos_embed")
+        table = resize_table(value[0].float().numpy(), old, new, "cubic")
+        plan.put("pos_embed", original, torch.from_numpy(table)[None])
+        plan.notes.append(f"pos_embed: resized from {'x'.join(map(str, old))} to {'x'.join(map(str, new))}")
+
+
+def _heads_differ(model: Model, facts: Mapping[str, Any]) -> list[str]:
+    """Shapes do not tell the number of heads, so it is compared where the file states it."""
+    spec = model.spec
+    pairs = [("heads", spec.encoder.heads)] + ([("decoder_heads", spec.decoder.heads)] if spec.decoder is not None else [])
+    return [f"{key} {facts[key]} (the model has {value})" for key, value in pairs if facts.get(key, value) != value]
+
+
+def _some(keys: Sequence[str], count: int) -> str:
+    return ", ".join(keys[:count]) + (f" and {len(keys) - count} more" if len(keys) > count else "")
+
+
+def save_weights(model: nn.Module, path: str | Path, meta: Mapping[str, Any] | None = None) -> None:
+    """Write the state dict under official keys as safetensors, with the model's configuration and `meta` (JSON values) in
+    the header. Atomic: `path` holds the old content or the new, never a part. Raises OSError if it cannot be written."""
+    header = {"format": "pt", "meta": json.dumps(dict(meta or {}))}
+    if hasattr(model, "config"):
+        header["config"] = json.dumps(to_dict(model.config))
+    _write_safetensors(dict(model.state_dict()), Path(path), header)
+
+
+def _write_safetensors(state: Mapping[str, Tensor], path: Path, header: dict[str, str]) -> None:
+    seen: set[int] = set()
+    tensors = {}
+    for key, value in state.items():
+        value = value.detach().cpu().contiguous()
+        # A view or an alias would carry its whole storage, which the format refuses: it gets its own copy.
+        if value.untyped_storage().nbytes() != value.nbytes or value.data_ptr() in seen:
+            value = value.clone()
+        seen.add(value.data_ptr())
+        tensors[key] = value
+    try:
+        _replace(path, lambda temporary: save_file(tensors, temporary, header))
+    except SafetensorError as error:
+        raise OSError(f"{path}: cannot be written: {error}") from error
+
+
+def _replace(path: Path, write: Any) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def convert_weights(source: str | Path, target: str | Path) -> dict[str, Any]:
+    """Rewrite a checkpoint under official names: `target` ending in .safetensors, or in .pth or .pt (an official file
+    again, the tensors under `model`). Values and dtypes stay bit for bit. Returns what was written. Raises ValueError
+    for an unreadable source or another ending."""
+    target = Path(target)
+    if target.suffix not in (".safetensors", ".pth", ".pt"):
+        raise ValueError(f"{target}: the target must end in .safetensors, .pth or .pt")
+    checkpoint = read_checkpoint(source)
+    if target.suffix == ".safetensors":
+        _write_safetensors(checkpoint.state, target, {"format": "pt", **checkpoint.metadata})
+    else:
+        _replace(target, lambda temporary: torch.save({"model": checkpoint.state}, temporary))
+    tensors = checkpoint.state.values()
+    dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors})
+    return {
+        "source": checkpoint.path,
+        "target": str(target),
+        "tensors": len(checkpoint.state),
+        "parameters": sum(tensor.numel() for tensor in tensors),
+        "dtypes": dtypes,
+    }
