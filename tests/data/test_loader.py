@@ -1,0 +1,277 @@
+"""Batches: right clips in the right order whatever the threads, bad files replaced, counted and named."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+from vmae2_fast.config import DataConfig, SourceConfig
+from vmae2_fast.data import BadDataError, EvaluationLoader, ManifestError, VideoLoader
+from vmae2_fast.data import loader as loader_module
+
+FRAMES = 40
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory, video_writer, jpeg_writer):
+    """Ten numbered videos of 40 frames and three folders of 20 stills, as two sources of a datasets.toml."""
+    root = tmp_path_factory.mktemp("videos")
+    (root / "v").mkdir()
+    lines = []
+    for i in range(10):
+        video_writer(root / "v" / f"clip {i}.mp4", g="12", bf="2", first=i * 20 % 200)
+        lines.append(f"clip {i}.mp4 {i % 4}")
+    (root / "v" / "train.csv").write_text("\n".join(lines))
+    stills = [jpeg_writer(root / "s" / f"d{i}", 20) for i in range(3)]
+    (root / "s" / "train.csv").write_text("\n".join(f"{folder.name} 20 {i}" for i, folder in enumerate(stills)))
+    (root / "datasets.toml").write_text(
+        '[v]\nroot = "v"\ntrain = "train.csv"\nclasses = 4\n'
+        '[s]\nroot = "s"\ntrain = "train.csv"\nkind = "frames"\ntemplate = "img_{:05}.jpg"\nstride = 1\nclasses = 4\n')
+    return root
+
+
+def _data(videos, *names, **values):
+    sources = tuple(SourceConfig(name=name) for name in names or ("v", "s"))
+    return DataConfig(sources=sources, datasets=str(videos / "datasets.toml"), **{"stride": 2, **values})
+
+
+def _loader(videos, *names, steps=4, start=0, clips=5, rank=0, world=1, quarantine=None, **values):
+    return VideoLoader(
+        _data(videos, *names, **values), frames=4, size=32, clips_per_batch=clips, seed=11, start=start, steps=steps,
+        rank=rank, world=world, quarantine=quarantine)
+
+
+def _threads():
+    return [thread for thread in threading.enumerate() if thread.name.startswith("vmae2-decode")]
+
+
+def _same(a, b):
+    return (torch.equal(a.clip, b.clip) and torch.equal(a.label, b.label) and torch.equal(a.position, b.position)
+            and torch.equal(a.view, b.view) and a.paths == b.paths and a.replaced == b.replaced)  # fmt: skip
+
+
+def test_batches(videos):
+    loader = _loader(videos, views=2)
+    batches = list(loader)
+    assert len(batches) == 4
+    assert loader.num_clips == 13
+    assert loader.num_classes == 4
+    for step, batch in enumerate(batches):
+        assert batch.clip.shape == (10, 4, 32, 32, 3)
+        assert batch.clip.dtype == torch.uint8
+        assert batch.clip.is_contiguous()
+        assert batch.position.tolist() == [p for p in range(5 * step, 5 * step + 5) for _ in range(2)]
+        assert batch.view.tolist() == [0, 1] * 5
+        assert batch.position.dtype == batch.view.dtype == batch.label.dtype == torch.int64
+        assert batch.paths[::2] == batch.paths[1::2]
+        assert len(batch.paths) == 10
+        assert not batch.replaced
+        expected = [int(path[-5]) % 4 if path.endswith(".mp4") else int(path[-1]) for path in batch.paths]
+        assert batch.label.tolist() == expected
+    paths = [path for batch in batches for path in batch.paths[::2]]
+    assert len(set(paths[:13])) == 13
+    assert paths[:7] != paths[13:]
+    assert loader.stats == {"decoded": 20, "replaced": 0, "bad": {}}
+    assert loader.position == 20
+    assert not _threads()
+
+
+def test_pixels_are_those_of_the_planned_frames(videos, read_numbers):
+    """With whole frames of the clip's own size the counters drawn in them can be read in the batch."""
+    data = _data(videos, "v", crop="center", stride=3)
+    loader = VideoLoader(data, frames=4, size=48, clips_per_batch=10, seed=2, steps=2)
+    assert loader.planner.windows(48, 64, 0, 0)[0].left == 8
+    for batch in loader:
+        for clip, position, path in zip(batch.clip, batch.position, batch.paths):
+            ids = loader.planner.frame_ids(FRAMES, 3, int(position) // 10, int(position))
+            framed = np.pad(clip.numpy(), ((0, 0), (0, 0), (8, 8), (0, 0)))
+            framed[:, :24, :8], framed[:, 24:, :8] = 20, 235  # the first and last column are cut off: bits 0 and 7
+            framed[:, :24, -8:], framed[:, 24:, -8:] = 20, 235
+            first = int(path[-5]) * 20 % 200
+            assert read_numbers(framed) == [(first + k) & 0b01111110 for k in ids]
+
+
+def test_same_batches_for_any_number_of_threads_and_any_prefetch(videos):
+    reference = list(_loader(videos, workers=1, prefetch=1, views=2, flip=True))
+    for values in ({"workers": 4, "prefetch": 1}, {"workers": 3, "prefetch": 9}, {"cache_mb": 16}):
+        assert all(_same(a, b) for a, b in zip(reference, _loader(videos, views=2, flip=True, **values), strict=True))
+
+
+def test_resume_continues_where_it_was(videos):
+    whole = list(_loader(videos, steps=6))
+    assert all(_same(a, b) for a, b in zip(whole[4:], _loader(videos, steps=2, start=20), strict=True))
+    loader = _loader(videos, steps=None)
+    seen = []
+    for batch in loader:
+        seen.append(batch)
+        if len(seen) == 3:
+            break
+    assert not _threads()
+    assert loader.position == 15
+    with contextlib.closing(iter(loader)) as batches:
+        seen.append(next(batches))
+    assert all(_same(a, b) for a, b in zip(whole[:4], seen, strict=True))
+    assert not _threads()
+
+
+def test_devices_share_the_positions(videos):
+    single = list(_loader(videos, steps=2, clips=6))
+    ranks = [list(_loader(videos, steps=2, clips=3, rank=r, world=2)) for r in range(2)]
+    for step, batch in enumerate(single):
+        parts = [ranks[r][step] for r in range(2)]
+        assert torch.equal(batch.clip, torch.cat([part.clip for part in parts]))
+        assert batch.paths == parts[0].paths + parts[1].paths
+
+
+def test_closing_ends_the_threads(videos):
+    with _loader(videos, steps=None, workers=3) as loader:
+        batches = iter(loader)
+        next(batches)
+        assert len(_threads()) == 3
+    assert not _threads()
+    with pytest.raises(StopIteration):
+        next(batches)
+    loader.close()
+
+
+def test_views_share_one_decode(videos, monkeypatch):
+    calls = []
+    decode = loader_module.decode_video
+    monkeypatch.setattr(loader_module, "decode_video", lambda path, ids: calls.append(len(ids)) or decode(path, ids))
+    batches = list(_loader(videos, "v", views=3, steps=2))
+    assert calls == [4] * 10
+    assert batches[0].clip.shape[0] == 15
+    clips = batches[0].clip.unflatten(0, (5, 3))
+    assert any(not torch.equal(clip[0], clip[1]) for clip in clips)
+
+
+def test_cached_videos_are_decoded_once(videos, monkeypatch):
+    calls = []
+    decode = loader_module.decode_video
+    monkeypatch.setattr(loader_module, "decode_video", lambda path, ids: calls.append(path) or decode(path, ids))
+    list(_loader(videos, "v", steps=8, cache_mb=64, workers=1))
+    assert len(calls) == 20  # for each of ten videos the planned frames, then all of them to keep
+
+
+@pytest.fixture
+def damaged(videos, tmp_path):
+    """The videos with three of ten made unusable."""
+    root = tmp_path / "set"
+    shutil.copytree(videos, root)
+    (root / "v" / "clip 2.mp4").write_bytes(b"")
+    (root / "v" / "clip 5.mp4").write_bytes(bytes(1000))
+    (root / "v" / "clip 7.mp4").unlink()
+    return root
+
+
+def test_bad_clips_are_replaced_and_named_once(damaged, tmp_path):
+    log = tmp_path / "quarantine.jsonl"
+    bad = {str(damaged / "v" / f"clip {i}.mp4") for i in (2, 5, 7)}
+    loader = _loader(damaged, "v", steps=6, quarantine=log)
+    batches = list(loader)
+    replaced = [r for batch in batches for r in batch.replaced]
+    assert {r.path for r in replaced} == bad
+    assert all(r.reason for r in replaced)
+    assert not bad & {path for batch in batches for path in batch.paths}
+    assert all(int(path[-5]) % 4 == label for batch in batches for path, label in zip(batch.paths, batch.label))
+    stats = loader.stats
+    assert stats["decoded"] == 30
+    assert stats["replaced"] == len({r.position for r in replaced}) == 9
+    assert sum(stats["bad"].values()) == len(replaced)
+    assert set(stats["bad"]) == bad
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert sorted(line["path"] for line in lines) == sorted(bad)
+    assert all(line.keys() == {"path", "reason", "position"} for line in lines)
+
+    again = list(_loader(damaged, "v", steps=6, workers=4, quarantine=log))
+    assert all(_same(a, b) for a, b in zip(batches, again, strict=True))
+    assert len(log.read_text().splitlines()) == 3
+
+
+def test_a_broken_source_stops_the_run(damaged):
+    for i in range(10):
+        (damaged / "v" / f"clip {i}.mp4").write_bytes(bytes(1000))
+    with pytest.raises(BadDataError, match=r"no clip found for position \d+ in 9 attempts; last: .*clip \d.mp4: "):
+        list(_loader(damaged, "v"))
+    assert not _threads()
+    loader = _loader(damaged, steps=None, max_bad_rate=0.3, max_attempts=500)
+    message = r"of 3\d clips could not be decoded, more than data.max_bad_rate=0.3 allows; for example .*mp4"
+    with pytest.raises(BadDataError, match=message):
+        list(loader)
+    assert not _threads()
+
+
+def test_bad_arguments(videos):
+    for values in ({"clips": 0}, {"start": -1}, {"rank": 2, "world": 2}):
+        with pytest.raises(ValueError, match="out of range"):
+            _loader(videos, **values)
+    with pytest.raises(ManifestError, match="unknown data set 'w'"):
+        _loader(videos, "w")
+
+
+def test_unlabelled_sources_give_minus_one(videos, tmp_path):
+    shutil.copytree(videos / "v", tmp_path / "v")
+    (tmp_path / "v" / "pre.csv").write_text("clip 0.mp4 0 -1\nclip 3.mp4 0 -1\n")
+    data = DataConfig(sources=(SourceConfig(name="x", root=str(tmp_path / "v"), list="pre.csv"),), stride=2)
+    loader = VideoLoader(data, frames=4, size=32, clips_per_batch=4, steps=1)
+    assert [batch.label.tolist() for batch in loader] == [[-1] * 4]
+    assert loader.num_classes == 0
+
+
+@pytest.mark.parametrize("sampling", ["dense", "segment"])
+def test_evaluation_decodes_each_video_once_for_all_views(videos, monkeypatch, sampling):
+    calls = []
+    decode = loader_module.decode_video
+    monkeypatch.setattr(loader_module, "decode_video", lambda path, ids: calls.append(path) or decode(path, ids))
+    loader = EvaluationLoader(_data(videos, sampling=sampling), frames=4, size=48, segments=3, crops=3)
+    views = list(loader)
+    assert len(views) == len(loader) == loader.num_videos == 13
+    assert len(calls) == 10
+    assert [v.index for v in views] == list(range(13))
+    assert [v.label for v in views] == [0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 0, 1, 2]
+    for video in views:
+        assert video.clips.shape == (9, 4, 48, 48, 3)
+        assert video.clips.is_contiguous()
+    # windows 0, 8 and 16 pixels from the left of frames already as high as the clip: shifted copies of each other
+    clips = views[4].clips.unflatten(0, (3, 3))
+    assert torch.equal(clips[:, 0, :, :, 16:], clips[:, 2, :, :, :-16])
+    assert not torch.equal(clips[0, 0], clips[1, 0])
+    assert not _threads()
+
+
+def test_one_view_is_the_centre(videos):
+    dense = _data(videos, "v", sampling="dense")
+    single = list(EvaluationLoader(dense, frames=4, size=48))
+    several = list(EvaluationLoader(dense, frames=4, size=48, crops=3))
+    for a, b in zip(single, several, strict=True):
+        assert a.clips.shape[0] == 1
+        assert torch.equal(a.clips[0], b.clips[1])
+
+
+def test_evaluation_in_shares(videos):
+    whole = {v.index: v for v in EvaluationLoader(_data(videos), frames=4, size=32, segments=2)}
+    shares = [EvaluationLoader(_data(videos, workers=1), frames=4, size=32, segments=2, rank=r, world=3) for r in range(3)]
+    assert [len(share) for share in shares] == [5, 4, 4]
+    merged = {v.index: v for share in shares for v in share}
+    assert merged.keys() == whole.keys()
+    assert all(torch.equal(merged[i].clips, whole[i].clips) for i in whole)
+
+
+def test_evaluation_leaves_bad_videos_out_and_says_so(damaged, tmp_path):
+    log = tmp_path / "quarantine.jsonl"
+    loader = EvaluationLoader(_data(damaged, "v"), frames=4, size=32, quarantine=log)
+    assert [v.index for v in loader] == [0, 1, 3, 4, 6, 8, 9]
+    assert loader.stats["decoded"] == 10
+    assert loader.stats["replaced"] == 3
+    assert len(loader.stats["bad"]) == 3
+    assert [json.loads(line)["position"] for line in log.read_text().splitlines()] == [2, 5, 7]
+    for i in range(6):
+        (damaged / "v" / f"clip {i}.mp4").write_bytes(b"")
+    with pytest.raises(BadDataError, match="7 of 10 clips could not be decoded"):
+        list(EvaluationLoader(_data(damaged, "v"), frames=4, size=32))

@@ -1,0 +1,11 @@
+"""Video in, uint8 clips out. Importing this needs neither PyAV nor a GPU."""
+
+from .decode import DecodeError, decode_video, probe
+from .loader import BadDataError, Batch, EvaluationLoader, Replaced, VideoLoader, VideoViews
+from .manifest import Manifest, ManifestError, Record, Source, open_sources, read_datasets
+from .schedule import Mixture
+
+__all__ = [
+    "BadDataError", "Batch", "DecodeError", "EvaluationLoader", "Manifest", "ManifestError", "Mixture", "Record", "Replaced",
+    "Source", "VideoLoader", "VideoViews", "decode_video", "open_sources", "probe", "read_datasets",
+]  # fmt: skip
