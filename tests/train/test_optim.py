@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from vmae2_fast.config import OptimConfig
+from vmae2_fast.train.optim import Optimizer, parameter_groups, scaled_lr
+
+
+def _optimizer(model: nn.Module, **config) -> Optimizer:
+    return Optimizer(
+        model, OptimConfig(**{"lr": 0.1, "lr_batch": 0, **config}), global_batch=1, total_steps=10, steps_per_epoch=10
+    )
+
+
+def _model() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 4), nn.LayerNorm(4), nn.Linear(4, 3))
+
+
+def _backward(model: nn.Module, scale: float = 1.0) -> torch.Tensor:
+    loss = scale * model(torch.linspace(-1, 1, 15).view(3, 5)).square().sum()
+    loss.backward()
+    return loss
+
+
+def test_lr_scaling_counts_views_as_the_paper_does():
+    assert scaled_lr(1.5e-4, 8192, 256) == pytest.approx(4.8e-3)
+    assert scaled_lr(1.5e-4, 8192, 0) == 1.5e-4
+
+
+@pytest.mark.parametrize("poison", ["gradient", "loss"])
+def test_non_finite_step_changes_nothing(poison):
+    model = _model()
+    optimizer = _optimizer(model, clip_grad=1.0)
+    optimizer.step(0, _backward(model))
+    before = {n: t.clone() for n, t in {**model.state_dict(), **optimizer.state_tensors()}.items()}
+    optimizer.zero_grad()
+    loss = _backward(model)
+    if poison == "gradient":
+        model[0].weight.grad[1, 2] = math.nan
+    else:
+        loss = loss * math.inf
+    _, skipped = optimizer.step(1, loss)
+    assert skipped.item() == 1
+    after = {**model.state_dict(), **optimizer.state_tensors()}
+    assert all(torch.equal(before[n], after[n]) for n in before)
+    optimizer.zero_grad()
+    _, skipped = optimizer.step(2, _backward(model))
+    assert skipped.item() == 0
+    assert optimizer.state_tensors()["0.weight.step"].item() == 2
+    assert not torch.equal(before["0.weight"], model[0].weight)
+
+
+def test_clipping_scales_to_the_global_norm_and_reports_the_norm_before():
+    model = _model()
+    optimizer = _optimizer(model, clip_grad=0.5)
+    loss = _backward(model, scale=100.0)
+    unclipped = torch.cat([p.grad.double().flatten() for p in model.parameters()])
+    norm, _ = optimizer.step(0, loss)
+    clipped = torch.cat([p.grad.double().flatten() for p in model.parameters()])
+    assert norm.item() == pytest.approx(unclipped.norm().item(), rel=1e-6)
+    # the official (torch) rule divides by norm + 1e-6
+    torch.testing.assert_close(clipped, unclipped * 0.5 / (unclipped.norm() + 1e-6), rtol=1e-6, atol=0.0)
+
+
+def test_weight_decay_schedule_leaves_biases_and_norms_alone():
+    model = _model()
+    optimizer = _optimizer(model, weight_decay=0.04, weight_decay_end=0.4)
+    optimizer.step(5, _backward(model))
+    seen = {n: g["weight_decay"] for g in optimizer.adamw.param_groups for n in g["names"]}
+    assert seen["0.weight"] == seen["2.weight"] == pytest.approx(0.22)
+    assert seen["0.bias"] == seen["1.weight"] == 0.0
+
+
+def test_layer_decay_needs_blocks():
+    with pytest.raises(ValueError, match="layer_decay=1"):
+        parameter_groups(_model(), 0.05, layer_decay=0.9)
+
+
+def test_compile_prefix_does_not_change_the_groups():
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mask_token = nn.Parameter(torch.zeros(1, 1, 4))
+            self.proj = nn.Linear(4, 4)
+
+    model = Masked()
+    plain = [(g["names"], g["weight_decay"]) for g in parameter_groups(model, 0.05)]
+    wrapped = nn.Module()
+    wrapped._orig_mod = model
+    assert [(g["names"], g["weight_decay"]) for g in parameter_groups(wrapped, 0.05)] == plain
+    assert plain[0] == (["mask_token", "proj.bias"], 0.0)
+
+
+def test_foreign_optimizer_state_is_refused():
+    optimizer = _optimizer(_model())
+    with pytest.raises(ValueError, match=r"other\.weight\.exp_avg"):
+        optimizer.load_state_tensors({"other.weight.exp_avg": torch.zeros(2)})

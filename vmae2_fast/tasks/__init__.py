@@ -1,0 +1,26 @@
+"""Tasks: batch -> loss, and metrics. `create_task` picks the one a config is for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..config import ClassifyConfig, DistillConfig, PretrainConfig, Stage
+from .base import Task
+from .classify import ClassifyTask
+from .distill import DistillTask
+from .pretrain import PretrainTask
+
+__all__ = ["ClassifyTask", "DistillTask", "PretrainTask", "Task", "create_task"]
+
+
+def create_task(config: Stage, device: torch.device | str = "cpu") -> Task[Any]:
+    """The task of a stage's config, its model on `device`. Raises ValueError for values that do not fit together."""
+    if isinstance(config, PretrainConfig):
+        return PretrainTask(config, device)
+    if isinstance(config, ClassifyConfig):
+        return ClassifyTask(config, device)
+    if isinstance(config, DistillConfig):
+        return DistillTask(config, device)
+    raise ValueError(f"no task for a {type(config).__name__}")

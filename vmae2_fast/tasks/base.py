@@ -1,0 +1,122 @@
+"""What every task is: a model, batch -> loss as a sum and a count, and evaluation on given views."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from ..config import RunConfig
+from ..data.loader import Batch, EvaluationLoader, VideoViews
+from ..models import PretrainViT, VisionTransformer
+
+Config = TypeVar("Config", bound=RunConfig)
+
+
+@functools.cache
+def autocast_dtype(precision: str, device_type: str) -> torch.dtype | None:
+    """Autocast dtype of `TrainConfig.precision` on a device type, None for full precision.
+
+    A CPU without bfloat16 instructions emulates them at a fraction of the speed of float32: there float32 is used
+    instead, and stderr says so once. Raises ValueError for a GPU without bfloat16.
+    """
+    if precision == "float32":
+        return None
+    if device_type == "cuda" and not torch.cuda.is_bf16_supported():
+        raise ValueError("train.precision=bfloat16: this GPU has no bfloat16; set train.precision=float32")
+    if device_type == "cpu" and not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+        print("train.precision=bfloat16: this CPU has no bfloat16 instructions; training in float32", file=sys.stderr)
+        return None
+    return torch.bfloat16
+
+
+class Task(Generic[Config]):
+    """One training task. Subclasses set `model` and define `loss`, `static_count` or `count`, and `evaluate`."""
+
+    model: PretrainViT | VisionTransformer
+
+    def __init__(self, config: Config, device: torch.device | str = "cpu") -> None:
+        self.config = config
+        self.device = torch.device(device)
+        self.dtype = autocast_dtype(config.train.precision, self.device.type)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Autocast as `train.precision` asks."""
+        return torch.autocast(self.device.type, self.dtype or torch.bfloat16, enabled=self.dtype is not None)
+
+    def static_count(self, clips: int) -> float | None:
+        """What the loss sum of `clips` clips is divided by, or None where it depends on the batch (see `count`)."""
+        return float(clips)
+
+    def count(self, batches: Sequence[Batch]) -> Tensor:
+        """Denominator over all micro-batches of a step, on the device; called where `static_count` gives None."""
+        raise NotImplementedError
+
+    def loss(self, batch: Batch) -> dict[str, Tensor]:
+        """{"loss_sum": differentiable fp32 scalar, ...}; other entries are detached sums over the clips, for the log.
+
+        The loop divides the sums of a step's micro-batches by the count of the whole global batch, so that
+        accumulation gives the gradient of the big batch.
+        """
+        raise NotImplementedError
+
+    def evaluate(self, views: Iterable[VideoViews]) -> dict[str, Any]:
+        """Metrics on given videos, in evaluation mode; plain JSON values."""
+        raise NotImplementedError
+
+    def validation_views(self, quarantine: str | os.PathLike[str] | None = None) -> EvaluationLoader:
+        """The views of `config.validation`: the centre view, unless the task's config asks for more.
+
+        quarantine: JSONL file for videos that cannot be decoded; they are left out.
+        """
+        if self.config.validation is None:
+            raise ValueError(f"{self.config.name}: config.validation is not set, there is nothing to evaluate on")
+        model, wanted = self.config.model, getattr(self.config, "views", None)
+        segments, crops = (wanted.segments, wanted.crops) if wanted else (1, 1)
+        return EvaluationLoader(
+            self.config.validation, frames=model.frames, size=model.size, segments=segments, crops=crops, quarantine=quarantine
+        )
+
+
+class ViewBatch(NamedTuple):
+    """Views of several videos in one tensor: clip uint8 [B,T,H,W,C], and per row its video, view, label and path."""
+
+    clip: Tensor
+    video: list[int]
+    view: list[int]
+    label: list[int]
+    path: list[str]
+
+
+def view_batches(videos: Iterable[VideoViews], batch: int) -> Iterator[ViewBatch]:
+    """Regroup the views of videos into batches of `batch` views (the last one smaller), in order."""
+    rows: list[tuple[Tensor, int, int, int, str]] = []
+    for video in videos:
+        rows += [(clip, video.index, v, int(video.label), video.path) for v, clip in enumerate(video.clips)]
+        while len(rows) >= batch:
+            yield _stack(rows[:batch])
+            rows = rows[batch:]
+    if rows:
+        yield _stack(rows)
+
+
+def _stack(rows: list[tuple[Tensor, int, int, int, str]]) -> ViewBatch:
+    clips, video, view, label, path = (list(column) for column in zip(*rows))
+    return ViewBatch(torch.stack(clips), video, view, label, path)
+
+
+def class_labels(label: Tensor, paths: Sequence[str], classes: int) -> Tensor:
+    """`label` [B] int64 on the host, checked. Raises ValueError naming the clip whose label is missing or out of range."""
+    for value, path in zip(label.tolist(), paths):
+        if not 0 <= value < classes:
+            what = "has no label" if value < 0 else f"has label {value}"
+            raise ValueError(
+                f"{path} {what}, but the model has classes 0..{classes - 1}; set model.num_classes or fix the list"
+            )
+    return label

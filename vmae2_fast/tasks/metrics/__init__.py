@@ -1,0 +1,1 @@
+"""Metrics of the tasks, each a plain function of predictions and labels."""

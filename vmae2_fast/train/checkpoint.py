@@ -1,0 +1,211 @@
+"""Checkpoints that are whole or absent: `step-XXXXXXXX/` directories of safetensors and JSON.
+
+    model.safetensors      parameters under the official names
+    optimizer.safetensors  AdamW moments and step counts
+    rng.safetensors        torch generator states (drop path, dropout)
+    state.json             step, data position, counters
+    manifest.json          size and SHA-256 of the files above
+    COMMITTED              SHA-256 of the manifest, written last
+
+A checkpoint is written into a temporary directory, synced to disk, and renamed into place. Loading verifies every
+hash; a damaged newest checkpoint is set aside with a message and the one before it is taken. No pickle is ever read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from .optim import Optimizer
+
+TENSOR_FILES = ("model.safetensors", "optimizer.safetensors", "rng.safetensors")
+STATE, MANIFEST, COMMITTED = "state.json", "manifest.json", "COMMITTED"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be written, is damaged, or belongs to something else."""
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON so that `path` is either the old file or the whole new one."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(value, indent=2) + "\n")
+    _sync(temporary)
+    os.replace(temporary, path)
+    _sync(path.parent)
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def rng_tensors() -> dict[str, Tensor]:
+    """States of torch's generators, as uint8 tensors."""
+    states = {"cpu": torch.get_rng_state()}
+    for i in range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0):
+        states[f"cuda:{i}"] = torch.cuda.get_rng_state(i)
+    return states
+
+
+def set_rng(states: dict[str, Tensor]) -> None:
+    """Put the generators back into the states of `rng_tensors`; devices that are not here are left out."""
+    torch.set_rng_state(states["cpu"])
+    for name, state in states.items():
+        device = torch.device(name)
+        if device.type == "cuda" and torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count():
+            torch.cuda.set_rng_state(state, device)
+
+
+def _dense(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+
+
+def save_checkpoint(
+    root: Path, step: int, model: nn.Module, optimizer: Optimizer, state: dict[str, Any], *, keep: int = 2
+) -> Path:
+    """Commit `root/step-XXXXXXXX` and delete all but the newest `keep` checkpoints.
+
+    `state` holds plain JSON values. Raises CheckpointError when the disk refuses (full, read-only); checkpoints that
+    were there before are then untouched.
+    """
+    final = root / f"step-{step:08d}"
+    temporary: Path | None = None
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=".tmp-", dir=root))
+        contents = (_dense(model.state_dict()), _dense(optimizer.state_tensors()), rng_tensors())
+        for name, tensors in zip(TENSOR_FILES, contents):
+            save_file(tensors, temporary / name)
+        (temporary / STATE).write_text(json.dumps({"step": step, **state}, indent=1))
+        files = {
+            n: {"bytes": (temporary / n).stat().st_size, "sha256": _sha256(temporary / n)} for n in (*TENSOR_FILES, STATE)
+        }
+        (temporary / MANIFEST).write_text(json.dumps(files, indent=1))
+        for name in (*files, MANIFEST):
+            _sync(temporary / name)
+        (temporary / COMMITTED).write_text(_sha256(temporary / MANIFEST))
+        _sync(temporary / COMMITTED)
+        _sync(temporary)
+        if final.exists():
+            _remove(final)
+        os.replace(temporary, final)
+        _sync(root)
+    except (OSError, SafetensorError) as error:  # a full disk shows as one or the other
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise CheckpointError(f"cannot write checkpoint {final}: {error}; the checkpoints before it are untouched") from error
+    for old in committed(root)[:-keep] if keep > 0 else []:
+        _remove(old)
+    return final
+
+
+def _remove(directory: Path) -> None:
+    # Renamed first: a kill in the middle of the deletion must not leave half a checkpoint under a valid name.
+    doomed = Path(tempfile.mkdtemp(prefix=".tmp-", dir=directory.parent))
+    os.replace(directory, doomed / "old")
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def committed(root: Path) -> list[Path]:
+    """Checkpoints of `root` that carry the commit marker, oldest first."""
+    return sorted(p for p in root.glob("step-*") if (p / COMMITTED).is_file())
+
+
+def clean(root: Path) -> None:
+    """Delete what an interrupted save or deletion left behind."""
+    for path in root.glob(".tmp-*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def verify(directory: Path) -> None:
+    """Check every file of a checkpoint against its manifest. Raises CheckpointError naming the first bad one."""
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory}: not a checkpoint directory of vmae2_fast (.pt and .pth pickles are never opened)")
+    try:
+        marker = (directory / COMMITTED).read_text()
+        if marker != _sha256(directory / MANIFEST):
+            raise CheckpointError(f"{directory}: {MANIFEST} does not match {COMMITTED}")
+        files = json.loads((directory / MANIFEST).read_text())
+        if set(files) != {*TENSOR_FILES, STATE}:
+            raise CheckpointError(f"{directory}: holds {sorted(files)}, expected {sorted([*TENSOR_FILES, STATE])}")
+        for name, entry in files.items():
+            path = directory / name
+            if path.stat().st_size != entry["bytes"] or _sha256(path) != entry["sha256"]:
+                raise CheckpointError(f"{path}: damaged (size or SHA-256 differs from {MANIFEST})")
+    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{directory}: damaged or incomplete checkpoint: {error}") from error
+
+
+def load_checkpoint(directory: Path, model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+    """Verify a checkpoint, put it into model, optimizer and torch's generators, and return its state.
+
+    Nothing is changed unless all of it fits. Raises CheckpointError: damaged, or of another architecture.
+    """
+    verify(directory)
+    tensors = load_file(directory / "model.safetensors")
+    here = model.state_dict()
+    for name in sorted({*tensors, *here}):
+        there, ours = tensors.get(name), here.get(name)
+        if there is None or ours is None or there.shape != ours.shape:
+            shapes = ["absent" if t is None else str(tuple(t.shape)) for t in (there, ours)]
+            raise CheckpointError(
+                f"{directory}: checkpoint of another architecture: {name} is {shapes[0]} in the checkpoint, {shapes[1]} in "
+                "the model; use the run's own config.json, or start from these weights with init="
+            )
+    try:
+        optimizer.load_state_tensors(load_file(directory / "optimizer.safetensors"))
+    except ValueError as error:
+        raise CheckpointError(f"{directory}: {error}") from error
+    model.load_state_dict(tensors)
+    set_rng(load_file(directory / "rng.safetensors"))
+    return json.loads((directory / STATE).read_text())
+
+
+def newest_intact(root: Path) -> Path | None:
+    """The newest checkpoint whose hashes are right, or None if there is none at all.
+
+    Damaged newer ones are renamed to `damaged-step-*` and reported on stderr.
+    Raises CheckpointError when checkpoints exist and not one is intact.
+    """
+    candidates, damaged = committed(root), []
+    while candidates:
+        directory = candidates.pop()
+        try:
+            verify(directory)
+        except CheckpointError as error:
+            damaged.append((directory, error))
+            continue
+        for bad, why in damaged:
+            print(
+                f"WARNING: {why}. Falling back to {directory}; the damaged one is kept as damaged-{bad.name}", file=sys.stderr
+            )
+            with contextlib.suppress(OSError):
+                os.replace(bad, bad.with_name(f"damaged-{bad.name}"))
+        return directory
+    if damaged:
+        raise CheckpointError(f"{root}: no intact checkpoint is left ({damaged[0][1]}); start the run over with resume=False")
+    return None

@@ -1,0 +1,210 @@
+"""What a model costs before anything runs: parameters, tokens, multiply-accumulates, optimiser and activation bytes.
+
+Multiply-accumulates (MACs) are counted twice:
+
+- `published`: as the papers count (VideoMAE V2, tables "decoder masking", "dual masking" and the downstream tables):
+  every tubelet is embedded, every decoder block runs on the whole sequence, the head on all decoded tokens. What the
+  tables call FLOPs are these MACs. Two printed figures are swapped in the paper: ViT-H with 64x288^2 clips and 12 views
+  costs 184.2 TMACs (its K400 row prints 153.34), with 32x384^2 it costs 153.3 (its K600 row prints 184.24).
+- `executed`: what our models run. Only visible tubelets are embedded; behind the last decoder block's attention only the
+  loss tokens go on. `torch.utils.flop_counter.FlopCounterMode` counts exactly twice as many FLOPs in a forward.
+
+One stack of L blocks of width D with MLP width M on N tokens: L * (N * (4 D^2 + 2 D M) + 2 N^2 D) MACs; the quadratic term
+is the attention itself. Biases, norms, softmax and GELU are not counted, as usual.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from ..config import MaskConfig, ModelConfig
+from ..models.sizes import ModelSpec, StackSpec, resolve
+from ..ops.masks import mask_sizes
+
+BYTES = {"float32": 4, "bfloat16": 2}
+
+
+def ledger(
+    model: ModelConfig | str,
+    mask: MaskConfig | None = None,
+    *,
+    precision: Literal["float32", "bfloat16"] = "bfloat16",
+    views: int = 1,
+) -> dict[str, Any]:
+    """The whole account of one model as plain JSON values; counts are per clip, bytes per clip or per model as named.
+
+    model: a `ModelConfig` or an official name. mask: what is hidden (pre-training models only; None: the paper's default).
+    precision: autocast dtype of activations; parameters, gradients and AdamW moments are fp32. views: clips of one
+    multi-view test, which multiplies the MACs. Raises ValueError as `resolve` and `mask_sizes` do.
+    """
+    config = ModelConfig(name=model) if isinstance(model, str) else model
+    spec = resolve(config)
+    if views < 1:
+        raise ValueError(f"views must be at least 1, got {views}")
+    tokens = token_counts(spec, mask or MaskConfig())
+    parameters = parameter_counts(spec, config)
+    published, executed = (macs(spec, config, tokens, executed=flag) for flag in (False, True))
+    total = parameters["total"]
+    return {
+        "model": config.name,
+        "clip": {"frames": spec.frames, "size": spec.size, "channels": spec.channels},
+        "grid": list(spec.grid),
+        "patch": [spec.tubelet, spec.patch, spec.patch],
+        "parameters": parameters,
+        "tokens": tokens,
+        "macs": {"published": published, "executed": executed},
+        "views": views,
+        "macs_views": {"published": published["total"] * views, "executed": executed["total"] * views},
+        # Forward, then twice that for the two gradients of each product; the clip needs none.
+        "flops_step": 6 * executed["total"] - 2 * executed["patch_embed"],
+        "optimizer_bytes": {"parameters": 4 * total, "gradients": 4 * total, "moments": 8 * total, "total": 16 * total},
+        "activation_bytes": activation_bytes(spec, config, tokens, BYTES[precision]),
+        "precision": precision,
+    }
+
+
+def token_counts(spec: ModelSpec, mask: MaskConfig) -> dict[str, int]:
+    """Tokens of one clip: all, and for pre-training visible, decoded, decoder sequence (visible + decoded) and loss."""
+    if spec.decoder is None:
+        return {"all": spec.tokens}
+    visible, decoded, loss = mask_sizes(
+        spec.grid, encoder_ratio=mask.encoder_ratio, decoder=mask.decoder, decoder_ratio=mask.decoder_ratio
+    )
+    return {"all": spec.tokens, "visible": visible, "decoded": decoded, "sequence": visible + decoded, "loss": loss}
+
+
+def parameter_counts(spec: ModelSpec, config: ModelConfig) -> dict[str, int]:
+    """Parameters by part, equal to those of the built model."""
+    width = spec.encoder.width
+    embed = width * spec.patch_values + width
+    encoder = embed + _stack_parameters(spec.encoder, config) + 2 * width  # the last is encoder.norm, fc_norm or norm
+    if spec.decoder is None:
+        positions = spec.tokens * width if config.learnable_positions else 0
+        head = config.num_classes * (width + 1)
+        return {"encoder": encoder + positions, "head": head, "total": encoder + positions + head}
+    inner = spec.decoder.width
+    decoder = _stack_parameters(spec.decoder, config) + 2 * inner + spec.patch_values * (inner + 1)
+    between = width * inner + inner  # encoder_to_decoder and the mask token
+    return {"encoder": encoder, "decoder": decoder, "between": between, "total": encoder + decoder + between}
+
+
+def _stack_parameters(stack: StackSpec, config: ModelConfig) -> int:
+    d, m = stack.width, stack.mlp_hidden
+    block = 4 * d * d + d + 2 * d * m + m + d + 4 * d
+    block += 2 * d * config.qkv_bias + 2 * d * (config.layer_scale > 0) + stack.heads * config.cosine_attention
+    return stack.depth * block
+
+
+def macs(spec: ModelSpec, config: ModelConfig, tokens: dict[str, int], *, executed: bool) -> dict[str, int]:
+    """Multiply-accumulates of one forward of one clip, by part (see the head of this file)."""
+    n, enc, dec = tokens["all"], spec.encoder, spec.decoder
+    embed = enc.width * spec.patch_values
+    if dec is None:
+        # Pooling the first token only: behind the last attention one token is left.
+        kept = 1 if executed and config.pooling == "first" else n
+        out = {"patch_embed": n * embed, **_stack_macs("encoder", enc, n, kept), "head": enc.width * config.num_classes}
+        return {**out, "total": sum(out.values())}
+    visible, sequence = tokens["visible"], tokens["sequence"]
+    out = {
+        "patch_embed": (visible if executed else n) * embed,
+        **_stack_macs("encoder", enc, visible, visible),
+        "encoder_to_decoder": visible * enc.width * dec.width,
+        **_stack_macs("decoder", dec, sequence, tokens["loss"] if executed else sequence),
+        "head": (tokens["loss"] if executed else tokens["decoded"]) * dec.width * spec.patch_values,
+    }
+    return {**out, "total": sum(out.values())}
+
+
+def _stack_macs(part: str, stack: StackSpec, tokens: int, kept: int) -> dict[str, int]:
+    """Blocks on `tokens` tokens, of which `kept` go on behind the last block's attention."""
+    d, m = stack.width, stack.mlp_hidden
+    qkv, rest = 3 * d * d, d * d + 2 * d * m
+    linear = stack.depth * tokens * (qkv + rest) - (tokens - kept) * rest
+    return {f"{part}_linear": linear, f"{part}_attention": stack.depth * 2 * tokens * tokens * d}
+
+
+def block_activation_bytes(stack: StackSpec, *, activation: int, residual: int, layer_scale: bool,
+                           checkpoint: Literal["none", "mlp", "block"] = "none") -> tuple[int, int]:
+    """Bytes the attention half and the MLP half of one lean block keep for the backward, per token.
+
+        residual D      in each half: the residual stream,  8  mean and 1/std of the norm, fp32
+        3 activation D  packed qkv
+        activation D    attention output,  4 heads  its log-sum-exp, fp32
+        activation M    MLP pre-activation (GELU and the norms' outputs are recomputed)
+        activation D    in each half: the branch, only with LayerScale, whose gradient needs it
+
+    `activation`, `residual`: bytes of one value (2 or 4). checkpoint="mlp": the MLP half keeps its inputs alone, of which the
+    stream is the attention half's already; "block": the block keeps stream and branch. Cosine attention keeps more: it
+    works on normalised copies of q and k.
+    """
+    d, m = stack.width, stack.mlp_hidden
+    if checkpoint == "block":
+        return residual * d + activation * d, 0
+    shared = residual * d + 8 + (activation * d if layer_scale else 0)
+    attention = shared + 4 * activation * d + 4 * stack.heads
+    return attention, activation * d if checkpoint == "mlp" else shared + activation * m
+
+
+def activation_bytes(spec: ModelSpec, config: ModelConfig, tokens: dict[str, int], activation: int) -> dict[str, int]:
+    """Bytes kept between forward and backward for one clip: blocks, and the ends around them (patch rows, final norms and
+    their outputs, gradient of the predictions). Casts of weights are per step, not per clip, and are not in it."""
+    residual, policy = BYTES[config.residual_dtype], config.activation_checkpoint
+
+    def stack_bytes(stack: StackSpec, count: int, kept: int) -> int:
+        """Blocks and final norm on `count` tokens, of which `kept` go on behind the last block's attention."""
+        attention, mlp = block_activation_bytes(
+            stack, activation=activation, residual=residual, layer_scale=config.layer_scale > 0, checkpoint=policy
+        )
+        blocks = stack.depth * count * (attention + mlp) - (count - kept) * mlp
+        if policy == "block":
+            blocks -= count * activation * stack.width  # the first block has no branch to add
+        else:
+            if kept < count:  # the attention output is kept whole for its backward, and cut for the projection
+                blocks += kept * (activation + (residual if policy == "mlp" else 0)) * stack.width
+            if config.layer_scale > 0:  # the first block has no branch to add, the final norm has one
+                blocks -= (count - kept) * activation * stack.width
+        # The norm keeps the stream and its statistics; its output is the input of the next product.
+        return blocks + kept * ((residual + activation) * stack.width + 8)
+
+    enc, dec, n = spec.encoder, spec.decoder, tokens["all"]
+    patch = spec.patch_values * activation
+    if dec is None:
+        kept = 1 if config.pooling == "first" else n
+        out = {"embed": n * patch, "encoder": stack_bytes(enc, n, kept)}
+    else:
+        visible, sequence, loss = tokens["visible"], tokens["sequence"], tokens["loss"]
+        out = {
+            "embed": visible * patch,
+            "encoder": stack_bytes(enc, visible, visible),
+            "decoder": stack_bytes(dec, sequence, loss),
+            "prediction": loss * patch,
+        }
+    return {**out, "total": sum(out.values())}
+
+
+def table(account: dict[str, Any]) -> str:
+    """A ledger for people: one aligned line for each figure."""
+    clip, grid = account["clip"], account["grid"]
+    lines = [
+        f"{account['model']}: clip {clip['frames']}x{clip['size']}x{clip['size']}x{clip['channels']}, "
+        f"patch {'x'.join(map(str, account['patch']))}, grid {'x'.join(map(str, grid))}",
+        _row("parameters (M)", account["parameters"], 1e6, 3),
+        _row("tokens of a clip", account["tokens"], 1, 0),
+        "multiply-accumulates of a forward (G) " + " " * 6 + f"{'published':>12}{'executed':>12}",
+    ]
+    published, executed = account["macs"]["published"], account["macs"]["executed"]
+    pairs = {part: (published[part], executed[part]) for part in published}
+    if account["views"] > 1:
+        pairs[f"total of {account['views']} views"] = tuple(account["macs_views"].values())
+    lines += [f"  {part:<42}{counted / 1e9:>12.2f}{run / 1e9:>12.2f}" for part, (counted, run) in pairs.items()]
+    flops = account["flops_step"] / 1e9
+    lines += [
+        f"training step: {flops:.1f} GFLOP a clip (forward and backward, 2 FLOP per multiply-accumulate)",
+        _row("AdamW, fp32 (MiB)", account["optimizer_bytes"], 2**20, 1),
+        _row(f"saved activations of a clip, {account['precision']} (MiB)", account["activation_bytes"], 2**20, 1),
+    ]
+    return "\n".join(lines)
+
+
+def _row(title: str, values: dict[str, int], unit: float, digits: int) -> str:
+    return f"{title}: " + ", ".join(f"{name} {value / unit:,.{digits}f}" for name, value in values.items())

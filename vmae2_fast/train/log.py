@@ -1,0 +1,53 @@
+"""Metrics as JSON lines, each step once however often a run is resumed, and a progress bar for people."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+
+class MetricsLog:
+    """Append-only `metrics.jsonl`: one JSON object a line, each with at least `step`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def cut(self, step: int, *, again: str | None = None) -> None:
+        """Drop lines after `step`, and a last line that was cut off by a kill: those steps will be done again.
+
+        Lines of kind `again` at `step` itself are dropped too.
+        """
+        if not self.path.exists():
+            return
+        entries = [(line, _parse(line)) for line in self.path.read_text().splitlines()]
+        kept = [line for line, e in entries if e and (e["step"] < step or (e["step"] == step and e.get("kind", "") != again))]
+        temporary = self.path.with_name(f".{self.path.name}.tmp")
+        temporary.write_text("".join(line + "\n" for line in kept))
+        os.replace(temporary, self.path)
+
+    def write(self, **entry: Any) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps(entry) + "\n")
+
+
+def _parse(line: str) -> dict[str, Any] | None:
+    try:
+        entry = json.loads(line)
+    except json.JSONDecodeError:
+        return None
+    return entry if isinstance(entry, dict) and "step" in entry else None
+
+
+def read_metrics(path: str | Path, kind: str = "train") -> list[dict[str, Any]]:
+    """Lines of a metrics file whose `kind` is "train" or "validation", in order."""
+    return [e for line in Path(path).read_text().splitlines() if (e := _parse(line)) and e.get("kind") == kind]
+
+
+def progress(name: str, total: int, done: int) -> tqdm[Any]:
+    """Progress bar over optimiser steps with elapsed time and ETA; silent when stderr is not a terminal."""
+    return tqdm(total=total, initial=done, desc=name, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True)

@@ -1,0 +1,316 @@
+"""The one training loop: any task, any stage, resumable at every optimiser step.
+
+Nothing between clip and loss reads a device value on the host; losses and norms are read once per `log_every` steps.
+Everything random is a function of (seed, position) or comes from torch's generators, whose states are in the
+checkpoint: a run killed at any moment and started again ends with the same bits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import signal
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import RunConfig
+from ..data.loader import Batch, VideoLoader
+from ..data.manifest import open_sources
+from ..models.weights import load_weights, save_weights
+from ..tasks import Task, create_task
+from .checkpoint import load_checkpoint, newest_intact, save_checkpoint
+from .log import MetricsLog, progress
+from .optim import Optimizer
+from .run_directory import RunDirectory
+
+MAX_SKIPPED = 100
+"""Steps in a row that may be skipped for a non-finite loss or gradient before the run stops."""
+
+
+def train(
+    config: RunConfig, *, init: str | None = None, resume: bool = True, device: torch.device | str | None = None
+) -> dict[str, Any]:
+    """Run one stage to its end in `config.out`/`config.name` and return its summary.
+
+    init: weights to start from, overrides `config.init`: a file, a finished run directory, or `hf:OWNER/NAME[@REV]`.
+    resume: take up the newest intact checkpoint, or return at once if the run is finished; False starts over.
+    device: default the first GPU, else the CPU.
+
+    Summary: name, kind, device, precision, steps, epochs, clips, seconds (of training, over all sittings), clips_per_s,
+    classes (names or None), first_loss, last_loss (mean over the last `log_every` steps), skipped_steps, replaced ({path: times} of clips that
+    could not be decoded), validation (metrics, or None), weights, directory.
+    Raises ValueError for bad input, SystemExit 143 / 130 after SIGTERM / SIGINT with a checkpoint saved.
+    """
+    if init is not None:
+        config = dataclasses.replace(config, init=init)
+    run = RunDirectory.open(config, resume=resume)
+    if (summary := run.summary()) is not None:
+        print(f"{config.name}: finished earlier, see {run.done}", file=sys.stderr)
+        return summary
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    with _Interrupt() as interrupt:
+        trainer = Trainer(config, run, device)
+        trainer.fit(interrupt)
+        return trainer.finish()
+
+
+@dataclasses.dataclass
+class Progress:
+    """What a checkpoint remembers beside tensors; plain JSON values."""
+
+    epoch_clips: int
+    """Clips of an epoch: another number means that the data changed."""
+    step: int = 0
+    position: int = 0
+    """Decodes consumed: where the data schedule goes on."""
+    seconds: float = 0.0
+    first_loss: float | None = None
+    recent: list[float] = dataclasses.field(default_factory=list)
+    """The last `log_every` finite losses."""
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    replaced: dict[str, int] = dataclasses.field(default_factory=dict)
+
+
+class Trainer:
+    """Everything one run needs while it runs."""
+
+    def __init__(self, config: RunConfig, run: RunDirectory, device: torch.device) -> None:
+        self.config, self.run = config, run
+        torch.manual_seed(config.seed)
+        self.task: Task[Any] = create_task(config, device)  # type: ignore[arg-type]
+        checkpoint = newest_intact(run.checkpoints)
+        if config.init and checkpoint is None:
+            print(load_weights(self.task.model, config.init), file=sys.stderr)
+        train = config.train
+        self.micro_batch = train.micro_batch or train.global_batch
+        self.decodes = train.global_batch // config.data.views
+        self.loader = VideoLoader(
+            config.data, frames=config.model.frames, size=config.model.size, seed=config.seed, quarantine=run.quarantine,
+            clips_per_batch=self.micro_batch // config.data.views,
+        )  # fmt: skip
+        clips = self.loader.num_clips
+        self.steps_per_epoch = clips / self.decodes
+        self.total_steps = train.epochs * clips // self.decodes
+        if self.total_steps < 1:
+            raise ValueError(
+                f"{config.name}: {train.epochs} epochs of {clips} clips are less than one step of {self.decodes} decodes "
+                f"(train.global_batch={train.global_batch}, data.views={config.data.views}); lower train.global_batch"
+            )
+        self.optimizer = Optimizer(
+            self.task.model, config.optim, global_batch=train.global_batch, total_steps=self.total_steps,
+            steps_per_epoch=self.steps_per_epoch,
+        )  # fmt: skip
+        self.progress = Progress(epoch_clips=clips)
+        if checkpoint is not None:
+            self.progress = Progress(**load_checkpoint(checkpoint, self.task.model, self.optimizer))
+            if self.progress.epoch_clips != clips:
+                raise ValueError(
+                    f"{run.path}: an epoch had {self.progress.epoch_clips} clips when this run began and has {clips} now; "
+                    "restore the lists, or start over with resume=False"
+                )
+        self.saved_step = self.progress.step if checkpoint is not None else -1
+        self.log = MetricsLog(run.metrics)
+        self.log.cut(self.progress.step)
+        self.pending: list[dict[str, Tensor]] = []
+        run.write_environment()
+
+    def fit(self, interrupt: _Interrupt) -> None:
+        """Train up to the last step. Raises SystemExit after saving if a signal arrived."""
+        train, state = self.config.train, self.progress
+        validate_every = round(train.validate_every * self.steps_per_epoch) if self.config.validation else 0
+        self.task.model.train()
+        self.mark = time.perf_counter()
+        self.loader.position = state.position
+        self.loader.steps = (self.total_steps - state.step) * train.global_batch // self.micro_batch
+        batches = iter(self.loader)
+        with self.loader, progress(self.config.name, self.total_steps, state.step) as bar:
+            while state.step < self.total_steps:
+                self._step(batches)
+                bar.update(1)
+                last = state.step == self.total_steps
+                if state.step % train.log_every == 0 or last:
+                    entry = self._flush()
+                    self.log.write(**entry)
+                    bar.set_postfix(loss=entry["loss"], lr=entry["lr"], clips_per_s=entry["clips_per_s"])
+                if validate_every and state.step % validate_every == 0 and not last:
+                    self._validate()
+                if state.step % train.checkpoint_every == 0 or last or interrupt.signal:
+                    self._save()
+                if interrupt.signal:
+                    print(f"{self.config.name}: saved step {state.step}; run the same command again to go on", file=sys.stderr)
+                    raise SystemExit(128 + interrupt.signal)
+        interrupt.deferred = False  # from here on all is saved: a signal may end the process at once
+
+    def _step(self, batches: Iterator[Batch]) -> None:
+        state, clips = self.progress, self.config.train.global_batch
+        self.optimizer.zero_grad()
+        sums, replaced = accumulate(self.task, batches, clips // self.micro_batch, clips)
+        sums["grad_norm"], sums["skipped"] = self.optimizer.step(state.step, sums["loss"])
+        self.pending.append(sums)
+        state.replaced = dict(Counter(state.replaced) + Counter(replaced))
+        state.step += 1
+        state.position += self.decodes
+
+    def _flush(self) -> dict[str, Any]:
+        """Read the pending device values in one transfer, update the counters, and return the line for the log."""
+        state, train = self.progress, self.config.train
+        now = time.perf_counter()
+        seconds, self.mark = now - self.mark, now
+        state.seconds += seconds
+        steps = len(self.pending)
+        names = list(self.pending[0]) if steps else []
+        rows = torch.stack([torch.stack([s[n].float() for n in names]) for s in self.pending]).tolist() if steps else []
+        self.pending.clear()
+        table = [dict(zip(names, row)) for row in rows]
+        for row in table:
+            state.skipped_in_a_row = state.skipped_in_a_row + 1 if row["skipped"] else 0
+            state.skipped += bool(row["skipped"])
+            if state.first_loss is None and math.isfinite(row["loss"]):
+                state.first_loss = row["loss"]
+            if math.isfinite(row["loss"]):
+                state.recent = [*state.recent, row["loss"]][-train.log_every :]
+        if state.skipped_in_a_row >= MAX_SKIPPED:
+            raise ValueError(
+                f"{self.config.name}: loss or gradient was not finite for {state.skipped_in_a_row} steps in a row, last "
+                f"at step {state.step}; the newest checkpoint is older. Lower optim.lr, warm up longer or set optim.clip_grad"
+            )
+        extras = [n for n in names if n not in ("loss", "grad_norm", "skipped")]
+        norm = table[-1]["grad_norm"] if table else None
+        return {
+            "kind": "train",
+            "step": state.step,
+            "epoch": round(state.step / self.steps_per_epoch, 4),
+            "loss": _mean(state.recent),
+            "lr": self.optimizer.lr_at(state.step - 1) if state.step else 0.0,
+            "grad_norm": norm if norm is not None and math.isfinite(norm) else None,
+            **{n: _mean([row[n] / train.global_batch for row in table]) for n in extras},
+            "clips_per_s": round(steps * train.global_batch / seconds, 3),
+            "seconds": round(state.seconds, 3),
+            "skipped": state.skipped,
+            "replaced": sum(state.replaced.values()),
+        }
+
+    def _save(self) -> None:
+        if self.progress.step == self.saved_step:
+            return
+        if self.pending:
+            self._flush()
+        state, keep = dataclasses.asdict(self.progress), self.config.train.keep_checkpoints
+        save_checkpoint(self.run.checkpoints, state.pop("step"), self.task.model, self.optimizer, state, keep=keep)
+        self.saved_step = self.progress.step
+
+    def _validate(self) -> dict[str, Any]:
+        if self.pending:
+            self._flush()
+        with self.task.validation_views(self.run.quarantine) as views:
+            metrics = {**self.task.evaluate(views), "left_out": views.stats["bad"]}
+        self.task.model.train()
+        numbers = {k: v for k, v in metrics.items() if not isinstance(v, (list, dict))}
+        self.log.write(kind="validation", step=self.progress.step, **numbers)
+        self.mark = time.perf_counter()  # validation is not training time
+        return metrics
+
+    def finish(self) -> dict[str, Any]:
+        """Write the final weights, validate, and close the run with `done.json`."""
+        config, state = self.config, self.progress
+        classes = class_names(config)
+        meta = {"run": config.name, "step": state.step} | ({"classes": list(classes)} if classes else {})
+        save_weights(self.task.model, self.run.weights, meta)
+        self.log.cut(state.step, again="validation")
+        validation = self._validate() if config.validation is not None else None
+        clips = state.step * config.train.global_batch
+        summary = {
+            "name": config.name,
+            "kind": type(config).__name__,
+            "device": str(self.task.device),
+            "precision": "float32" if self.task.dtype is None else str(self.task.dtype).removeprefix("torch."),
+            "steps": state.step,
+            "epochs": config.train.epochs,
+            "clips": clips,
+            "seconds": round(state.seconds, 3),
+            "clips_per_s": round(clips / state.seconds, 3),
+            "first_loss": state.first_loss,
+            "last_loss": _mean(state.recent),
+            "skipped_steps": state.skipped,
+            "replaced": state.replaced,
+            "validation": validation,
+            "classes": list(classes) if classes else None,
+            "weights": str(self.run.weights),
+            "directory": str(self.run.path),
+        }
+        self.run.finish(summary)
+        return summary
+
+
+def accumulate(
+    task: Task[Any], batches: Iterator[Batch], micro_batches: int, clips: int
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Gradients of one global batch of `clips` clips, taken from `micro_batches` batches.
+
+    Every micro-batch's loss sum is divided by the count of the *whole* global batch before its backward, so gradients
+    add up to those of one big batch whatever the split. Where the count depends on the masks, the micro-batches are
+    held (uint8, on the host) until it is known. Returns ({"loss" and the task's sums}, paths that were replaced).
+    """
+    total: float | Tensor | None = task.static_count(clips)
+    if total is None:
+        held = [next(batches) for _ in range(micro_batches)]
+        total, batches = task.count(held), iter(held)
+    sums: dict[str, Tensor] = {}
+    replaced: list[str] = []
+    for _ in range(micro_batches):
+        batch = next(batches)
+        replaced += [failure.path for failure in batch.replaced]
+        out = task.loss(batch)
+        loss = out.pop("loss_sum") / total
+        loss.backward()
+        out["loss"] = loss.detach()
+        for name, value in out.items():
+            sums[name] = sums[name] + value if name in sums else value
+    return sums, replaced
+
+
+def class_names(config: RunConfig) -> tuple[str, ...] | None:
+    """Names of the model's classes, where the sources of its training or validation data agree on them."""
+    for data in filter(None, (config.data, config.validation)):
+        names = {source.label_names for source in open_sources(data)}
+        (first, *others) = names or {None}
+        if first and not others and len(first) == config.model.num_classes:
+            return first
+    return None
+
+
+def _mean(values: list[float]) -> float | None:
+    finite = [v for v in values if math.isfinite(v)]
+    return sum(finite) / len(finite) if finite else None
+
+
+class _Interrupt:
+    """SIGTERM and SIGINT set a flag while training, so that the step ends and is saved; a second signal ends at once."""
+
+    def __init__(self) -> None:
+        self.signal = 0
+        self.deferred = True
+        self.before: dict[int, Any] = {}
+
+    def __enter__(self) -> _Interrupt:
+        if threading.current_thread() is threading.main_thread():
+            self.before = {n: signal.signal(n, self._handle) for n in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if not self.deferred or self.signal:
+            raise SystemExit(128 + number)
+        self.signal = number
+
+    def __exit__(self, *exc: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,141 @@
+"""AdamW with the official parameter groups, layer-wise decay, schedules, clipping, and steps that skip what is not finite.
+
+Nothing here reads a device value on the host: norm, clipping and the decision to skip stay on the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import OptimConfig
+from .schedule import cosine_schedule, warmup_length
+
+NO_DECAY = ("pos_embed", "cls_token", "mask_token")
+_COMPILED = "_orig_mod."
+
+
+def _clean(name: str) -> str:
+    return name.replace(_COMPILED, "")
+
+
+def layer_id(name: str, depth: int) -> int:
+    """Layer of a parameter for layer-wise decay: 0 patch embedding and tables, i+1 block i, depth+1 the rest."""
+    if name in NO_DECAY or name.startswith("patch_embed"):
+        return 0
+    if name.startswith("blocks."):
+        return int(name.split(".")[1]) + 1
+    return depth + 1
+
+
+def parameter_groups(
+    model: nn.Module, weight_decay: float, layer_decay: float = 1.0, skip: Iterable[str] = NO_DECAY
+) -> list[dict[str, Any]]:
+    """AdamW groups as the official code builds them: {"params", "names", "lr_scale", "weight_decay", "decays"}.
+
+    No decay for one-dimensional parameters, `*.bias`, `*.scale` and the names in `skip`. With `layer_decay` < 1 there
+    are two groups a layer, lr_scale = layer_decay ** (depth + 1 - layer_id). Groups stand in the order of the first
+    parameter they hold. A torch.compile wrapper's name prefix is ignored; under torch 2 the official script does not
+    ignore it and therefore decays `mask_token` (`skip=()` gives that variant).
+    Raises ValueError for layer-wise decay on a model without `blocks`.
+    """
+    skip = set(skip)
+    names = [(_clean(n), p) for n, p in model.named_parameters() if p.requires_grad]
+    depth = len({n.split(".")[1] for n, _ in names if n.startswith("blocks.")})
+    if layer_decay < 1.0 and not depth:
+        raise ValueError("layer-wise decay needs a classification model (parameters blocks.N.*); set optim.layer_decay=1")
+    groups: dict[tuple[int, bool], dict[str, Any]] = {}
+    for name, p in names:
+        decays = not (p.ndim <= 1 or name.endswith((".bias", ".scale")) or name in skip)
+        layer = layer_id(name, depth) if layer_decay < 1.0 else -1
+        if (layer, decays) not in groups:
+            groups[layer, decays] = {
+                "params": [],
+                "names": [],
+                "lr_scale": layer_decay ** (depth + 1 - layer) if layer_decay < 1.0 else 1.0,
+                "weight_decay": weight_decay if decays else 0.0,
+                "decays": decays,
+            }
+        groups[layer, decays]["params"].append(p)
+        groups[layer, decays]["names"].append(name)
+    return list(groups.values())
+
+
+def scaled_lr(lr: float, global_batch: int, lr_batch: int) -> float:
+    """Linear scaling rule lr * global_batch / lr_batch; `lr_batch` 0 leaves lr alone.
+
+    `global_batch` counts the views of repeated sampling, as the paper's table does (8192 with views: 1.5e-4 -> 4.8e-3).
+    The official script leaves them out (2048 clips: 6e-4 -> the same 4.8e-3): divide its lr by the number of views.
+    """
+    return lr * global_batch / lr_batch if lr_batch else lr
+
+
+class Optimizer:
+    """AdamW over `model` with the schedules of `config` for a run of `total_steps`.
+
+    `global_batch` sets the learning rate (see `scaled_lr`), `steps_per_epoch` turns warm-up epochs into steps.
+    """
+
+    def __init__(
+        self, model: nn.Module, config: OptimConfig, *, global_batch: int, total_steps: int, steps_per_epoch: float
+    ) -> None:
+        self.config = config
+        self.total_steps = total_steps
+        self.warmup = warmup_length(config.warmup_epochs, steps_per_epoch)
+        self.lr = scaled_lr(config.lr, global_batch, config.lr_batch)
+        self.min_lr = scaled_lr(config.min_lr, global_batch, config.lr_batch)
+        groups = parameter_groups(model, config.weight_decay, config.layer_decay)
+        self.params: dict[str, nn.Parameter] = {n: p for g in groups for n, p in zip(g["names"], g["params"])}
+        # The fused kernel is the one that takes found_inf, which lets the device decide to skip a step.
+        self.adamw = torch.optim.AdamW(groups, lr=self.lr, betas=config.betas, eps=config.eps, fused=True)
+
+    def lr_at(self, step: int) -> float:
+        """Scheduled learning rate of a step, before the groups' lr_scale."""
+        return cosine_schedule(step, base=self.lr, final=self.min_lr, total=self.total_steps, warmup=self.warmup)
+
+    def weight_decay_at(self, step: int) -> float:
+        """Scheduled weight decay of a step (constant unless `weight_decay_end` is given)."""
+        base, end = self.config.weight_decay, self.config.weight_decay_end
+        return base if end is None else cosine_schedule(step, base=base, final=end, total=self.total_steps)
+
+    def zero_grad(self) -> None:
+        self.adamw.zero_grad(set_to_none=True)
+
+    def step(self, step: int, loss: Tensor) -> tuple[Tensor, Tensor]:
+        """Update the parameters from their gradients; returns (gradient norm before clipping, skipped 0/1), fp32 scalars.
+
+        Where the norm or `loss` is not finite, parameters, moments and AdamW's own step count stay as they were.
+        """
+        lr, weight_decay = self.lr_at(step), self.weight_decay_at(step)
+        for group in self.adamw.param_groups:
+            group["lr"] = lr * group["lr_scale"]
+            if group["decays"]:
+                group["weight_decay"] = weight_decay
+        params = [p for p in self.params.values() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
+        skipped = torch.logical_not(torch.isfinite(norm) & torch.isfinite(loss.detach())).to(torch.float32)
+        if self.config.clip_grad is not None:
+            torch.nn.utils.clip_grads_with_norm_(params, self.config.clip_grad, norm)
+        self.adamw.grad_scale = None  # type: ignore[attr-defined]
+        self.adamw.found_inf = skipped  # type: ignore[attr-defined]
+        self.adamw.step()
+        return norm, skipped
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """Moments and step counts as `<parameter>.<exp_avg | exp_avg_sq | step>`."""
+        return {f"{n}.{key}": value for n, p in self.params.items() for key, value in self.adamw.state.get(p, {}).items()}
+
+    def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """The inverse of `state_tensors`. Raises ValueError naming a tensor that belongs to no parameter here."""
+        state: dict[nn.Parameter, dict[str, Tensor]] = {}
+        for full, value in tensors.items():
+            name, _, key = full.rpartition(".")
+            p = self.params.get(name)
+            if p is None or (key != "step" and value.shape != p.shape):
+                raise ValueError(f"optimizer state {full} of shape {tuple(value.shape)} fits no parameter of this model")
+            state.setdefault(p, {})[key] = value.to(p.device)
+        self.adamw.state.clear()
+        self.adamw.state.update(state)  # type: ignore[arg-type]

@@ -1,0 +1,177 @@
+"""A progression: prepare data, run the stages in order, hand weights on, then write summary, pictures and report.
+
+`init="stage:NAME"` (and `teacher_weights="stage:NAME"`) of a stage stand for `OUT/NAME/weights.safetensors`, written when
+stage NAME has finished. A finished stage is not run again, an interrupted one continues from its last checkpoint, so a
+progression that was killed is simply started again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+from typing import Any
+
+from ..config import (
+    ClassifyConfig,
+    DistillConfig,
+    ModelConfig,
+    PrepareConfig,
+    PretrainConfig,
+    Progression,
+    RunConfig,
+    SourceConfig,
+    Stage,
+    ViewsConfig,
+)
+from ..data.prepare import prepare_folder, prepare_scenes
+from ..data.synthetic import CLASSES
+from .loop import train
+
+_HANDED = "stage:"
+
+
+def weights_of(out: str | Path, stage: str) -> Path:
+    return Path(out) / stage / "weights.safetensors"
+
+
+def selected(progression: Progression, start: str | None, until: str | None) -> list[Stage]:
+    """The stages from `start` to `until`, both included. Raises ValueError for a name that is not a stage."""
+    names = [stage.name for stage in progression.stages]
+    first = names.index(progression.stage(start).name) if start else 0
+    last = names.index(progression.stage(until).name) if until else len(names) - 1
+    if first > last:
+        raise ValueError(f"--from {start} comes after --until {until}; stages in order: {', '.join(names)}")
+    return list(progression.stages[first : last + 1])
+
+
+def run_progression(
+    progression: Progression, *, start: str | None = None, until: str | None = None, init: str | None = None
+) -> dict[str, dict[str, Any]]:
+    """Run the stages from `start` to `until` and return stage name -> summary (`train`), data under `"data"`.
+
+    `init` replaces the first stage's own starting weights. Raises ValueError if a stage wants weights that neither
+    exist nor come from a stage that runs.
+    """
+    out = Path(progression.out)
+    stages = [resolved(stage, out) for stage in selected(progression, start, until)]
+    _check_handover(stages, out, init)
+    results: dict[str, dict[str, Any]] = {"data": prepare(progression)}
+    for number, stage in enumerate(stages):
+        print(f"[{number + 1}/{len(stages)}] {stage.name}: {stage.cites or type(stage).__name__}", flush=True)
+        results[stage.name] = train(stage, init=init if number == 0 else None)
+    return results
+
+
+def prepare(progression: Progression) -> dict[str, Any]:
+    """Make the data a progression asks for under `OUT/data`; nothing if it is there already."""
+    wanted = progression.prepare
+    if wanted is None:
+        return {}
+    root = Path(progression.out) / "data"
+    try:
+        root.parent.mkdir(parents=True, exist_ok=True)
+        if wanted.folder is not None:
+            return prepare_folder(root, wanted.folder, size=wanted.size)
+        return prepare_scenes(root, size=wanted.size, scale=wanted.scale, seed=wanted.seed)
+    except OSError as error:
+        shutil.rmtree(root.with_name(f".{root.name}.partial"), ignore_errors=True)
+        raise ValueError(f"cannot write {root}: {error.strerror or error}; choose another --out") from error
+
+
+def resolved(stage: Stage, out: Path) -> Stage:
+    """The stage with its place under `out`, and names of other stages turned into their files."""
+    changes: dict[str, Any] = {"out": str(out)}
+    if stage.init and stage.init.startswith(_HANDED):
+        changes["init"] = str(weights_of(out, stage.init.removeprefix(_HANDED)))
+    if isinstance(stage, DistillConfig) and stage.teacher_weights and stage.teacher_weights.startswith(_HANDED):
+        changes["teacher_weights"] = str(weights_of(out, stage.teacher_weights.removeprefix(_HANDED)))
+    return dataclasses.replace(stage, **changes)
+
+
+def _check_handover(stages: list[Stage], out: Path, init: str | None) -> None:
+    running: set[str] = set()
+    for number, stage in enumerate(stages):
+        wanted = [] if number == 0 and init else [stage.init]
+        wanted += [stage.teacher_weights] if isinstance(stage, DistillConfig) else []
+        for path in filter(None, wanted):
+            inside = Path(path).name == "weights.safetensors" and Path(path).parent.parent == out
+            if inside and not Path(path).exists() and Path(path).parent.name not in running:
+                raise ValueError(
+                    f"stage {stage.name} starts from {path}, which does not exist; run the stage that writes it "
+                    "first, or give --init-weights"
+                )
+        running.add(stage.name)
+
+
+def smoke(run: Stage | Progression) -> Progression:
+    """The same recipe shrunk to CPU seconds: two-block models, small clips, one short epoch of few moving scenes.
+
+    A progression keeps its own prepared data; a recipe that needs data of yours gets the scenes in its place.
+    """
+    if isinstance(run, Progression) and run.prepare is not None:
+        prepare = dataclasses.replace(run.prepare, scale=_SMOKE_SCALE)
+        return dataclasses.replace(run, prepare=prepare, stages=tuple(_smoke_stage(stage) for stage in run.stages))
+    stages = run.stages if isinstance(run, Progression) else (run,)
+    out = run.out if isinstance(run, Progression) else f"{run.out}/{run.name}_smoke"
+    return Progression(
+        name=f"{run.name}_smoke",
+        cites=run.cites,
+        prepare=PrepareConfig(scale=_SMOKE_SCALE),
+        stages=tuple(_smoke_stage(_on_scenes(stage, out)) for stage in stages),
+        out=out,
+    )
+
+
+_SMOKE_SCALE = 0.05
+
+
+def _on_scenes(stage: Stage, out: str) -> Stage:
+    labelled = not isinstance(stage, PretrainConfig)
+    sources = ("labeled_video", "labeled_frames") if labelled else ("unlabeled_video", "unlabeled_frames")
+    data = dataclasses.replace(
+        stage.data, sources=tuple(SourceConfig(name=name) for name in sources), datasets=f"{out}/data/datasets.toml"
+    )
+    changes: dict[str, Any] = {"data": data, "validation": None, "init": None}
+    if labelled:
+        changes["model"] = dataclasses.replace(stage.model, num_classes=len(CLASSES))
+    if isinstance(stage, DistillConfig):
+        changes["teacher"] = dataclasses.replace(stage.teacher, num_classes=len(CLASSES))
+        changes["teacher_weights"] = "random"
+    return dataclasses.replace(stage, **changes)
+
+
+def _smoke_stage(stage: Stage) -> Stage:
+    changes: dict[str, Any] = {
+        "model": _small(stage.model),
+        "data": dataclasses.replace(stage.data, workers=1),
+        "train": dataclasses.replace(
+            stage.train, epochs=1, global_batch=2 * stage.data.views, micro_batch=None, validate_every=0
+        ),
+        "optim": dataclasses.replace(stage.optim, warmup_epochs=min(stage.optim.warmup_epochs, 0.5)),
+    }
+    if isinstance(stage, DistillConfig):
+        changes["teacher"] = _small(stage.teacher)
+    if isinstance(stage, ClassifyConfig | DistillConfig):
+        changes["views"] = ViewsConfig(segments=1, crops=1, batch=8)
+    return dataclasses.replace(stage, **changes)
+
+
+def _small(model: ModelConfig) -> ModelConfig:
+    patch = model.patch or (14 if "patch14" in model.name else 16)
+    shrunk = dataclasses.replace(
+        model, size=min(model.size, 4 * patch), frames=min(model.frames, 8), width=32, depth=2, heads=2, drop_path=0.0
+    )
+    if model.name.startswith("pretrain"):
+        shrunk = dataclasses.replace(shrunk, decoder_width=24, decoder_depth=1, decoder_heads=2)
+    return shrunk
+
+
+def describe(run: RunConfig | Progression) -> list[str]:
+    """The plan in lines: what will run, from what, on how much."""
+    if isinstance(run, Progression):
+        return [f"progression {run.name} -> {run.out}"] + ["  " + line for stage in run.stages for line in describe(stage)]
+    sources = ", ".join(f"{s.name}" + (f" x{s.weight:g}" if s.weight != 1 else "") for s in run.data.sources)
+    line = f"{run.name}: {run.model.name} {run.model.frames}x{run.model.size}^2, batch {run.train.global_batch}"
+    line += f", {run.train.epochs} epochs, lr {run.optim.lr:g}, {run.train.precision}, data {sources or '(none)'}"
+    return [line + (f", from {run.init}" if run.init else "")]

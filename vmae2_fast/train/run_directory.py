@@ -1,0 +1,119 @@
+"""The run directory OUT/NAME: whose it is, whether it is finished, and one clear error where it cannot be used.
+
+config.json        the resolved config         environment.json   machine, versions, backends
+metrics.jsonl      train and validation lines  checkpoints/       see `vmae2_fast.train.checkpoint`
+quarantine.jsonl   clips that were replaced    weights.safetensors, done.json   only once the run is finished
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from .. import backend
+from ..config import RunConfig, to_dict
+from .checkpoint import clean, committed, write_json
+
+# What may change between two sittings of one run: where things lie, how often it is saved or shown, and how the work is
+# cut up. None of it changes the maths (micro_batch: up to the order of summation).
+FREE = {
+    "out", "cites", "train.micro_batch", "train.checkpoint_every", "train.keep_checkpoints", "train.log_every", "views.batch",
+    *(f"{data}.{key}" for data in ("data", "validation") for key in ("workers", "prefetch", "cache_mb", "datasets")),
+}  # fmt: skip
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(value, dict):
+        items = [(f"{prefix}.{k}" if prefix else k, v) for k, v in value.items()]
+        return {name: leaf for key, v in items for name, leaf in _flat(v, key).items()}
+    return {prefix: value}
+
+
+def _placed(config: dict[str, Any]) -> dict[str, Any]:
+    """`config` with weight paths as they lie relative to `out`, so that a moved or otherwise spelled `out` is the same run."""
+    placed = dict(config)
+    for key in ("init", "teacher_weights"):
+        path = placed.get(key)
+        if path and not path.startswith("hf:") and path != "random":
+            inside = os.path.relpath(path, config["out"])
+            placed[key] = os.path.abspath(path) if inside.startswith("..") else inside
+    return placed
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Keys that differ between two configs as `to_dict` gives them, those of `FREE` left out; "key: old -> new"."""
+    a, b = _flat(_placed(old)), _flat(_placed(new))
+    keys = sorted(k for k in {*a, *b} if k not in FREE and a.get(k) != b.get(k))
+    return [f"{k}: {a.get(k)!r} there, {b.get(k)!r} now" for k in keys]
+
+
+class RunDirectory:
+    """Paths of one run. `open` checks before anything expensive happens."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.path = Path(config.out) / config.name
+        self.checkpoints = self.path / "checkpoints"
+        self.config, self.environment = self.path / "config.json", self.path / "environment.json"
+        self.metrics, self.quarantine = self.path / "metrics.jsonl", self.path / "quarantine.jsonl"
+        self.weights, self.done = self.path / "weights.safetensors", self.path / "done.json"
+
+    @classmethod
+    def open(cls, config: RunConfig, *, resume: bool) -> RunDirectory:
+        """Make the directory, or take it up again. `resume=False` deletes an earlier run of the same name first.
+
+        A directory in which nothing was trained yet is taken over whatever its config.
+        Raises ValueError: not writable, or it holds a run with another config (naming the first differing keys).
+        """
+        self = cls(config)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.path):
+                pass
+        except OSError as error:
+            why = error.strerror or error
+            raise ValueError(f"cannot write the run directory {self.path}: {why}; choose another --out") from error
+        if not resume:
+            self._clear()
+        now = to_dict(config)
+        if self.config.exists() and (self.done.exists() or committed(self.checkpoints)):
+            different = differences(_read_json(self.config), json.loads(json.dumps(now)))
+            if different:
+                shown = "; ".join(different[:3]) + (f" and {len(different) - 3} more" if len(different) > 3 else "")
+                raise ValueError(
+                    f"{self.path} holds a run with another config ({shown}); give this one another name or out, or start "
+                    "it over with resume=False"
+                )
+        clean(self.checkpoints)
+        write_json(self.config, now)
+        return self
+
+    def write_environment(self) -> None:
+        write_json(self.environment, backend.environment())
+
+    def summary(self) -> dict[str, Any] | None:
+        """The summary of a finished run, None while it is unfinished."""
+        return _read_json(self.done) if self.done.exists() and self.weights.exists() else None
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        write_json(self.done, summary)
+
+    def _clear(self) -> None:
+        # done.json goes first: whatever a kill leaves, it does not pass for a finished run.
+        for path in (self.done, self.weights, self.metrics, self.quarantine, self.environment):
+            path.unlink(missing_ok=True)
+        shutil.rmtree(self.checkpoints, ignore_errors=True)
+        self.config.unlink(missing_ok=True)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: cannot be read as JSON ({error}); start the run over with resume=False") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: not an object; start the run over with resume=False")
+    return value
