@@ -1,0 +1,48 @@
+# Every target sets up what it needs in .venv from a fresh clone, given python3 with venv and make (and, for speed, a C++
+# compiler). PYTHON=python3.12 picks another interpreter, VENV=dir another place.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+OUT ?= runs/demo
+# A machine without a C++ compiler tests the reference path; with one, a missing extension is a failure.
+NATIVE := $(if $(shell command -v c++ || command -v g++ || command -v clang++),require,auto)
+SOURCES := setup.py pyproject.toml CMakeLists.txt constraints.txt $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/*)
+
+.PHONY: help demo test lint bench gpu-check clean
+help:
+	@echo "make demo               progressive training on encoded video, report in $(OUT)/report.html"
+	@echo "make demo CLIPS=DIR     the same on a folder of labelled videos, in runs/clips"
+	@echo "make test               the test suite"
+	@echo "make lint               ruff and mypy"
+	@echo "make bench              microbenchmarks beside the honest alternatives"
+	@echo "make gpu-check          everything that needs a GPU, with the running interpreter; needs no network"
+	@echo "make clean              remove builds and caches, keep runs"
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo: $(BIN)/python $(SOURCES)
+	$(BIN)/pip install -q -c constraints.txt -e ".[report]"
+	@touch $@
+
+$(VENV)/.dev: $(BIN)/python $(SOURCES)
+	$(BIN)/pip install -q -c constraints.txt -e ".[dev]"
+	@touch $@ $(VENV)/.demo
+
+demo: $(VENV)/.demo
+ifdef CLIPS
+	$(BIN)/vmae2 launch demo:progressive --clips "$(CLIPS)" --out $(if $(filter runs/demo,$(OUT)),runs/clips,$(OUT)) $(if $(SHORT),--short) --json
+else
+	$(BIN)/vmae2 launch demo:progressive --out $(OUT) $(if $(SHORT),--short) --json
+endif
+
+test: $(VENV)/.dev
+	VMAE2_NATIVE=$(NATIVE) $(BIN)/python -m pytest -q
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/mypy vmae2_fast recipes
+
+clean:
+	rm -rf build dist *.egg-info vmae2_fast/_C*.so .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -not -path "./$(VENV)/*" -prune -exec rm -rf {} +

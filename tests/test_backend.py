@@ -1,0 +1,182 @@
+"""Backend requests: parsing, errors, forward's choice in backward, native tensors checked before their address is taken."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from vmae2_fast import backend
+from vmae2_fast.ops import _native, gather_patches
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def toy() -> Iterator[str]:
+    """An op of three implementations: `far` cannot run, `near` and `reference` can."""
+    backend.register_op(
+        "toy",
+        {
+            "far": backend.Implementation(lambda: "far", lambda device: f"no {device.type} here"),
+            "near": backend.Implementation(lambda: "near"),
+            "reference": backend.Implementation(lambda: "reference"),
+        },
+        {"cpu": ("far", "near", "reference"), "*": ("reference",)},
+    )
+    yield "toy"
+    del backend._OPS["toy"]
+
+
+def test_default_is_the_first_that_runs(toy: str) -> None:
+    assert backend.pick(toy, CPU) == "near"
+    assert backend.pick(toy, torch.device("meta")) == "reference"
+    assert backend.available(toy, CPU) == ["near", "reference"]
+    assert backend.refusals(toy, "cpu") == {"far": "no cpu here", "near": None, "reference": None}
+
+
+@pytest.mark.parametrize(
+    ("request_", "picked"),
+    [
+        ("reference", "reference"),
+        ("far,reference", "reference"),
+        ("reference, near", "reference"),
+        ("native,reference", "reference"),
+        ("near,toy=reference", "reference"),
+        ("toy=far+near", "near"),
+        ("dual_mask=reference", "near"),
+        ("", "near"),
+    ],
+)
+def test_request(toy: str, request_: str, picked: str) -> None:
+    with backend.use_backend(request_):
+        assert backend.pick(toy, CPU) == picked
+        assert backend.run(toy, backend.pick(toy, CPU)) == picked
+    assert backend.pick(toy, CPU) == "near"
+
+
+def test_nothing_left_is_an_error_that_names_what_runs(toy: str) -> None:
+    with (
+        backend.use_backend("toy=far"),
+        pytest.raises(backend.BackendError, match=r"toy.*far: no cpu here.*Available: near, reference"),
+    ):
+        backend.pick(toy, CPU)
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [("fast", "unknown backend 'fast'"), ("tyo=reference", "unknown op 'tyo'"), ("toy=sdpa", "toy has no backend 'sdpa'")],
+)
+def test_unknown_names(toy: str, request_: str, message: str) -> None:
+    with pytest.raises(backend.BackendError, match=message), backend.use_backend(request_):
+        pass
+
+
+def test_environment_variable(toy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VMAE2_BACKEND", "reference")
+    assert backend.pick(toy, CPU) == "reference"
+    with backend.use_backend("near"):
+        assert backend.pick(toy, CPU) == "near"
+    monkeypatch.setenv("VMAE2_BACKEND", "nothing")
+    with pytest.raises(backend.BackendError, match="unknown backend 'nothing'"):
+        backend.pick(toy, CPU)
+
+
+def test_request_reaches_other_threads(toy: str) -> None:
+    seen = []
+    with backend.use_backend("reference"):
+        thread = threading.Thread(target=lambda: seen.append(backend.pick(toy, CPU)))
+        thread.start()
+        thread.join()
+    assert seen == ["reference"]
+
+
+@pytest.mark.parametrize("name", backend.available("gather_patches", "cpu"))
+def test_backward_runs_what_forward_ran(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran = []
+    run = backend.run
+    monkeypatch.setattr(backend, "run", lambda op, chosen, *arguments: ran.append((op, chosen)) or run(op, chosen, *arguments))
+    clip = torch.randn(1, 3, 2, 4, 4, requires_grad=True)
+    with backend.use_backend(name):
+        rows = gather_patches(clip, torch.tensor([[0, 3]]), patch=2)
+    with backend.use_backend("reference"):
+        rows.sum().backward()
+    assert ran == [("gather_patches", name), ("scatter_patches", name)]
+
+
+def test_every_op_has_a_reference_on_every_device() -> None:
+    assert backend.ops()
+    for op in backend.ops():
+        assert "reference" in backend.available(op, "cpu")
+        assert backend.available(op, "meta")
+
+
+@pytest.mark.parametrize(
+    ("wish", "code", "expected"), [("off", 0, "None"), ("auto", 0, "None"), ("require", 1, "VMAE2_NATIVE=require")]
+)
+def test_native_wish(wish: str, code: int, expected: str) -> None:
+    """With the extension hidden from import, as on a machine without a compiler."""
+    script = "import sys; sys.modules['vmae2_fast._C'] = None\nfrom vmae2_fast import backend; print(backend.native())"
+    done = subprocess.run(
+        [sys.executable, "-c", script], env={**os.environ, "VMAE2_NATIVE": wish}, capture_output=True, text=True
+    )
+    assert done.returncode == code
+    assert expected in done.stdout + done.stderr
+
+
+def test_without_the_extension_ops_run_and_say_why() -> None:
+    script = (
+        "import torch; from vmae2_fast import backend; from vmae2_fast.ops import gather_patches\n"
+        "clip, index = torch.zeros(1, 2, 4, 4, 3, dtype=torch.uint8), torch.zeros(1, 1, dtype=torch.int32)\n"
+        "print(gather_patches(clip, index, patch=4).shape[2])\n"
+        "print(backend.environment()['ops']['gather_patches']['cpu'])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], env={**os.environ, "VMAE2_NATIVE": "off"}, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.startswith("96\n")
+    assert "'runs': 'reference'" in done.stdout
+    assert "no C++ compiler" in done.stdout
+
+
+@pytest.mark.skipif(backend.native() is None, reason="no native extension")
+def test_build_info() -> None:
+    info = backend.native().build_info()
+    assert set(info) == {"version", "compiler", "flags", "cpu_features", "cuda"}
+    assert info["cuda"] == backend.native().cuda_available()
+    assert "-O3" in info["flags"]
+
+
+def test_environment_report_is_plain_data() -> None:
+    import json
+
+    report = backend.environment()
+    assert json.loads(json.dumps(report)) == report
+    assert set(report["ops"]) == set(backend.ops())
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+def test_address_checks() -> None:
+    floats = (torch.float32,)
+    plain = torch.zeros(4, 4)
+    assert _native.address(plain, floats, "x") == plain.data_ptr()
+    assert _native.address(torch.nn.Parameter(plain), floats, "x") == plain.data_ptr()
+    with pytest.raises(TypeError, match=r"toy: x: dtype must be one of torch\.float32, got torch\.float64"):
+        _native.address(plain.double(), floats, "toy: x")
+    with pytest.raises(ValueError, match="must be contiguous"):
+        _native.address(plain.T[:2], floats, "x")
+    with pytest.raises(TypeError, match="plain dense tensors, got Subclass"):
+        _native.address(plain.as_subclass(Subclass), floats, "x")
+    with pytest.raises(TypeError, match="plain dense tensors"):
+        _native.address(plain.to_sparse(), floats, "x")
+    with pytest.raises(TypeError, match="plain dense tensors, got FakeTensor"), FakeTensorMode():
+        _native.address(torch.empty(2), floats, "x")

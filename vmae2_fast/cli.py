@@ -1,0 +1,317 @@
+"""`vmae2 COMMAND`: launch recipes, look at models and machines, use trained weights.
+
+Flags come from function signatures and config dataclasses through tyro. Bad input prints one line and exits with 2;
+with `--json` the last line on stdout is the result as JSON.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from . import backend
+from .config import MaskConfig, ModelConfig, Progression
+
+Names = tyro.conf.Positional
+_DUAL = MaskConfig()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LaunchOptions:
+    """What `launch` takes beside the recipe's own arguments and values."""
+
+    start: Annotated[str | None, tyro.conf.arg(name="from")] = None
+    """First stage of a progression to run."""
+    until: str | None = None
+    """Last stage of a progression to run."""
+    weights: Annotated[str | None, tyro.conf.arg(name="init-weights")] = None
+    """Weights the first stage starts from, instead of its own `init`."""
+    smoke: bool = False
+    """Shrink the recipe to CPU seconds: small model, small clips, few moving scenes, one epoch."""
+    dry_run: bool = False
+    """Print the plan and stop."""
+    json: bool = False
+    """Print the summary as the last line on stdout."""
+
+
+def launch(arguments: list[str]) -> dict[str, Any]:
+    """Run a recipe: one stage or a whole progression.
+
+    Example: vmae2 launch demo:progressive --out runs/demo
+    Example: vmae2 launch pretrain:vit_base_hybrid --optim.lr 3e-4 --train.global-batch 256
+    """
+    from . import recipes_index
+
+    if not arguments or arguments[0].startswith("-"):
+        print(launch.__doc__)
+        print("Recipes:\n" + recipes_index.listing())
+        tyro.cli(tyro.conf.OmitArgPrefixes[LaunchOptions], prog="vmae2 launch RECIPE", args=["--help"])
+    name, *rest = arguments
+    recipe = recipes_index.find(name)
+    helped = any(a in ("-h", "--help") for a in rest)
+    rest = [a for a in rest if a not in ("-h", "--help")]
+    options, rest = tyro.cli(LaunchOptions, args=rest, return_unknown_args=True, prog=f"vmae2 launch {name}")
+    made, rest = tyro.cli(recipe, args=rest, return_unknown_args=True, prog=f"vmae2 launch {name}")
+    run = recipes_index.override(made, [*rest, "--help"] if helped else rest, prog=f"vmae2 launch {name}")
+    return _run(run, options)
+
+
+def _run(run: Any, options: LaunchOptions) -> dict[str, Any]:
+    from .report import summarise, write_report, write_summary
+    from .train.loop import train
+    from .train.progression import describe, run_progression, selected, smoke
+
+    if options.smoke:
+        run = smoke(run)
+    if isinstance(run, Progression):
+        stages = selected(run, options.start, options.until)
+    plan = describe(dataclasses.replace(run, stages=tuple(stages)) if isinstance(run, Progression) else run)
+    for line in plan:
+        print(line, file=sys.stderr)
+    if options.dry_run:
+        return {"plan": plan}
+    if not isinstance(run, Progression):
+        return train(run, init=options.weights)
+    results = run_progression(run, start=options.start, until=options.until, init=options.weights)
+    if len(stages) < len(run.stages):
+        summary = summarise(run, results)
+        write_summary(summary, Path(run.out))
+        return summary
+    summary = write_report(run, results)
+    print(f"report: {Path(run.out) / 'report.html'}", file=sys.stderr)
+    return summary
+
+
+def recipes() -> list[dict[str, str]]:
+    """List the recipes with what they reproduce.
+
+    Example: vmae2 recipes
+    """
+    from . import recipes_index
+
+    print(recipes_index.listing())
+    return recipes_index.table()
+
+
+def env() -> dict[str, Any]:
+    """Show what is installed and which implementation of every op runs here, and why not another.
+
+    Example: VMAE2_BACKEND=reference vmae2 env
+    """
+    from . import ops  # noqa: F401  (registers the ops)
+
+    report = backend.environment()
+    print(f"python {report['python']} on {report['platform']}, {report['threads']} threads")
+    print("packages: " + ", ".join(f"{k} {v or 'absent'}" for k, v in report["packages"].items()))
+    if report["packages"]["apex"] is None:
+        print("  apex (optional; the package of that name on the index is another project), from a checkout of NVIDIA/apex:")
+        print("  APEX_CPP_EXT=1 APEX_CUDA_EXT=1 pip install -v --no-build-isolation .")
+    print(f"native extension: {json.dumps(report['native']) if report['native'] else 'not built: reference and Triton only'}")
+    print(f"devices: {', '.join(report['devices'])}")
+    print(f"VMAE2_BACKEND={report['request']!r}")
+    for op, kinds in report["ops"].items():
+        for kind, where in kinds.items():
+            refused = "; ".join(f"{n}: {why}" for n, why in where["refused"].items())
+            print(f"  {op:<22} {kind:<5} runs {where['runs']}" + (f"   (not {refused})" if refused else ""))
+    return report
+
+
+def reconstruct(
+    video: Names[str | None] = None,
+    *,
+    weights: str = "runs/demo/pretrain",
+    model: str | None = None,
+    out: str = "reconstruction",
+    stride: int = 2,
+    seed: int = 0,
+    encoder_ratio: float = 0.9,
+) -> dict[str, str]:
+    """Mask a video, let a pre-training model fill it in, and write OUT.png and OUT.gif.
+
+    Example: vmae2 reconstruct clip.mp4 --weights runs/demo/pretrain --out clip
+
+    Args:
+        video: a video file; without one, a moving scene nobody trained on.
+        weights: run directory or weights file of a pre-training model.
+        model: official name, where the weights file does not hold it.
+        out: path of the pictures without their endings.
+        stride: frames between two sampled frames.
+        seed: of the mask.
+        encoder_ratio: share of patches hidden from the encoder.
+    """
+    import torch
+
+    from .inference import load_model, read_views
+    from .reconstruct import reconstruct as run
+    from .reconstruct import save_gif, save_png, sheet
+
+    loaded = load_model(weights, model, kind="pretrain").model
+    frames, size = loaded.config.frames, loaded.config.size
+    if video is None:
+        import numpy as np
+
+        from .data.synthetic import render_scene
+
+        rng = np.random.Generator(np.random.Philox(key=[2**32 + seed, 0]))
+        clip = torch.from_numpy(render_scene("turn_left", rng, frames=frames, size=size, step=float(stride)))
+    else:
+        clip = read_views(video, frames=frames, size=size, stride=stride)[0]
+    parts = run(loaded, clip, seed=seed, encoder_ratio=encoder_ratio)
+    scale = max(1, 192 // size)
+    target = Path(out)
+    if not target.parent.is_dir():
+        raise ValueError(f"{target.parent}: no such folder for the pictures; make it or choose another --out")
+    paths = {"png": f"{out}.png", "gif": f"{out}.gif"}
+    save_png(sheet([parts], scale=scale), paths["png"])
+    save_gif(parts, paths["gif"], scale=scale)
+    print(f"wrote {paths['png']} and {paths['gif']}")
+    return paths
+
+
+def classify(
+    videos: Names[list[str]],
+    *,
+    weights: str = "runs/demo/finetune",
+    model: str | None = None,
+    segments: int = 5,
+    crops: int = 3,
+    stride: int = 2,
+    topk: int = 5,
+) -> list[dict[str, Any]]:
+    """Name what happens in videos, with a fine-tuned or distilled model.
+
+    Example: vmae2 classify clip.mp4 --weights runs/demo/finetune
+
+    Args:
+        videos: video files.
+        weights: run directory or weights file of a classification model.
+        model: official name, where the weights file does not hold it.
+        segments: clips in time.
+        crops: views in space.
+        stride: frames between two sampled frames.
+        topk: classes shown.
+    """
+    from .inference import classify as run
+    from .inference import load_model
+
+    loaded = load_model(weights, model, kind="classify")
+    results = []
+    for video in videos:
+        predictions = run(loaded, video, segments=segments, crops=crops, stride=stride, topk=topk)
+        print(f"{video}: " + ", ".join(f"{p.label} {100 * p.probability:.1f} %" for p in predictions))
+        results.append({"video": video, "predictions": [p._asdict() for p in predictions]})
+    return results
+
+
+def ledger(
+    model: Names[str],
+    *,
+    frames: int = 16,
+    size: int = 224,
+    num_classes: int = 0,
+    views: int = 1,
+    mask: MaskConfig = _DUAL,
+) -> dict[str, Any]:
+    """Print a model's parameters, tokens, multiply-accumulates and bytes before anything runs.
+
+    Example: vmae2 ledger pretrain_videomae_giant_patch14_224
+
+    Args:
+        model: official name.
+        frames: frames of a clip.
+        size: height and width in pixels.
+        num_classes: classes of the head.
+        views: clips of one multi-view test.
+        mask: dual masking of pre-training models.
+    """
+    from .train.ledger import ledger as account
+    from .train.ledger import table
+
+    result = account(ModelConfig(name=model, frames=frames, size=size, num_classes=num_classes), mask, views=views)
+    print(table(result))
+    return result
+
+
+def convert(source: Names[str], target: Names[str]) -> dict[str, Any]:
+    """Rewrite a checkpoint under official names, bit for bit.
+
+    Example: vmae2 convert vit_b_k710.pth vit_b_k710.safetensors
+
+    Args:
+        source: an official, Hugging Face or own file, or `hf:OWNER/NAME[@REV]`.
+        target: a path ending in .safetensors, .pth or .pt.
+    """
+    from .models import convert_weights
+
+    written = convert_weights(source, target)
+    print(f"wrote {target}: {written['tensors']} tensors, {written['parameters']:,} parameters")
+    return written
+
+
+def report(recipe: Names[str] = "demo:progressive", *, out: str = "runs/demo", clips: str | None = None) -> dict[str, Any]:
+    """Write summary, pictures and report of a finished progression again.
+
+    Example: vmae2 report demo:progressive --out runs/demo
+
+    Args:
+        recipe: the progression that was launched.
+        out: its folder.
+        clips: the folder of videos it was launched with.
+    """
+    arguments = ["--out", out] + (["--clips", clips] if clips else [])
+    return launch([recipe, *arguments])
+
+
+COMMANDS: dict[str, Callable[..., Any]] = {
+    f.__name__: f for f in (recipes, env, reconstruct, classify, ledger, convert, report)
+}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point of `vmae2`."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    as_json = "--json" in arguments
+    try:
+        result = _dispatch(arguments)
+    except Exception as error:
+        if not _expected(error):
+            raise
+        print(f"vmae2: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    if as_json:
+        print(json.dumps(result), flush=True)
+
+
+def _dispatch(arguments: list[str]) -> Any:
+    if arguments and arguments[0] == "launch":
+        return launch(arguments[1:])
+    arguments = [a for a in arguments if a != "--json"]
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_usage())
+        return {}
+    if arguments[0] not in COMMANDS:
+        from .config import unknown
+
+        raise ValueError(unknown("command", arguments[0], ["launch", *COMMANDS]))
+    return tyro.cli(COMMANDS[arguments[0]], args=arguments[1:], prog=f"vmae2 {arguments[0]}")
+
+
+def _usage() -> str:
+    lines = ["usage: vmae2 COMMAND [--help] [--json] ...", "", __doc__.split("\n")[0], ""]
+    for name, command in {"launch": launch, **COMMANDS}.items():
+        lines.append(f"  {name:<12} {(command.__doc__ or '').splitlines()[0]}")
+    return "\n".join(lines)
+
+
+def _expected(error: BaseException) -> bool:
+    """Bad input and a full or read-only disk, as against a bug: that keeps its traceback."""
+    from .data.decode import DecodeError
+    from .data.loader import BadDataError
+
+    return isinstance(error, (ValueError, OSError, BadDataError, DecodeError, backend.BackendError))
