@@ -50,8 +50,8 @@ def progressive(out: str = "runs/demo", clips: str | None = None, short: bool = 
         mask=MaskConfig(encoder_ratio=0.9, decoder="running_cell", decoder_ratio=0.5),
         data=_data(out, "unlabeled_video", "unlabeled_frames", views=2),
         validation=_data(out, "holdout", split="val"),
-        optim=OptimConfig(lr=2e-3, lr_batch=0, min_lr=1e-5, warmup_epochs=4.0, betas=(0.9, 0.95)),
-        train=_train((600 if few else 32) // steps),
+        optim=OptimConfig(lr=2e-3, lr_batch=0, min_lr=1e-5, warmup_epochs=2.0, betas=(0.9, 0.95)),
+        train=_train((600 if few else 18) // steps),
     )
     post_pretrain = ClassifyConfig(
         name="post_pretrain",
@@ -59,8 +59,8 @@ def progressive(out: str = "runs/demo", clips: str | None = None, short: bool = 
         model=ModelConfig(name="vit_small_patch16_224", num_classes=labeled, **_WIDE),
         data=_data(out, "labeled_video", "labeled_frames", sampling="dense"),
         validation=_data(out, "labeled_video", sampling="dense"),
-        optim=OptimConfig(lr=1e-3, lr_batch=0, min_lr=1e-5, warmup_epochs=1.0, betas=(0.9, 0.999), layer_decay=0.9),
-        train=_train((240 if few else 13) // steps),
+        optim=OptimConfig(lr=2e-3, lr_batch=0, min_lr=1e-5, warmup_epochs=1.0, betas=(0.9, 0.999), layer_decay=0.9),
+        train=_train((240 if few else 20) // steps),
         views=ViewsConfig(segments=1, crops=1),
         init="stage:pretrain",
     )
@@ -81,8 +81,8 @@ def progressive(out: str = "runs/demo", clips: str | None = None, short: bool = 
         model=classifier,
         data=finetune.data,
         validation=finetune.validation,
-        optim=OptimConfig(lr=1e-3, lr_batch=0, min_lr=1e-5, warmup_epochs=2.0, betas=(0.9, 0.999)),
-        train=_train((900 if few else 196) // steps),
+        optim=OptimConfig(lr=2e-3, lr_batch=0, min_lr=1e-5, warmup_epochs=2.0, betas=(0.9, 0.999)),
+        train=_train((900 if few else 320) // steps),
         views=finetune.views,
     )
     distill = DistillConfig(
@@ -94,7 +94,7 @@ def progressive(out: str = "runs/demo", clips: str | None = None, short: bool = 
         data=_data(out, "labeled_video", "labeled_frames", "target", sampling="dense"),
         validation=finetune.validation,
         optim=OptimConfig(lr=2e-3, lr_batch=0, min_lr=1e-5, warmup_epochs=1.0, betas=(0.9, 0.999)),
-        train=_train((300 if few else 20) // steps),
+        train=_train((300 if few else 16) // steps),
         views=finetune.views,
     )
     return Progression(

@@ -19,7 +19,11 @@ from vmae2_fast.train import train
 def run(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     return subprocess.run(
-        [sys.executable, "-m", "vmae2_fast", *arguments], cwd=cwd, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}
+        [sys.executable, "-m", "vmae2_fast", *arguments],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": path},
     )
 
 
@@ -69,7 +73,6 @@ def test_env_reports_a_request_that_leaves_nothing() -> None:
         (["launch", "demo:progressive", "--clips", "nowhere"], "nowhere: no such folder of videos"),
         (["launch", "demo:progressive", "--from", "finetun", "--dry-run"], "unknown stage 'finetun'"),
         (["launch", "demo:progressive", "--from", "distill", "--until", "pretrain", "--dry-run"], "comes after --until"),
-        (["launch", "demo:progressive", "--pretrain.train.global-batch", "15"], "not divisible by data.views=2"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -88,6 +91,14 @@ def test_an_unknown_flag_gets_close_matches(capsys: pytest.CaptureFixture[str]) 
     assert "--optim.lr" in "".join(capsys.readouterr())
 
 
+def test_a_flag_with_an_impossible_value_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["launch", "demo:progressive", "--pretrain.train.global-batch", "15"])
+    assert stop.value.code == 2
+    words = "".join(capsys.readouterr()).replace("│", " ").split()
+    assert "train.global_batch=15 is not divisible by data.views=2; the nearest valid values are 14 or 16" in " ".join(words)
+
+
 def test_overrides_reach_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
     cli.main(["launch", "vit_base_hybrid", "--optim.lr", "0.0125", "--dry-run", "--json"])
     assert "lr 0.0125" in json.loads(capsys.readouterr().out.splitlines()[-1])["plan"][0]
@@ -98,8 +109,9 @@ def test_a_recipe_of_ones_own_is_found(tmp_path: Path, clips: Path, capsys: pyte
         "from vmae2_fast.config import *\n"
         "def tiny() -> PretrainConfig:\n"
         "    '''Mine.'''\n"
-        f"    return PretrainConfig(name='mine', out={str(tmp_path)!r}, model={PRETRAIN_MODEL!r}, mask=MaskConfig(encoder_ratio=0.75),\n"
-        f"        data=DataConfig(sources=(SourceConfig(name='x', root={str(clips)!r}),), stride=2), train=TrainConfig(global_batch=2))\n"
+        f"    return PretrainConfig(name='mine', out={str(tmp_path)!r}, model={PRETRAIN_MODEL!r},\n"
+        f"        data=DataConfig(sources=(SourceConfig(name='x', root={str(clips)!r}),), stride=2),\n"
+        "        mask=MaskConfig(encoder_ratio=0.75), train=TrainConfig(global_batch=2))\n"
     )
     cli.main(["launch", f"{tmp_path / 'mine.py'}:tiny", "--train.epochs", "2", "--json"])
     summary = json.loads(capsys.readouterr().out.splitlines()[-1])

@@ -25,15 +25,19 @@ from typing import Any
 
 import torch
 
-WhyNot = Callable[[torch.device], "str | None"]
+WhyNot = Callable[..., "str | None"]
 
 
 @dataclass(frozen=True)
 class Implementation:
-    """One way to run an op. `why_not(device)` gives the reason it cannot run there, or None."""
+    """One way to run an op.
+
+    `why_not(device, *details)` gives the reason it cannot run there, or None. `details` is what the op tells `pick` about
+    an input (dtypes, head dim); there are none when only the device is asked for.
+    """
 
     run: Callable[..., Any]
-    why_not: WhyNot = lambda device: None
+    why_not: WhyNot = lambda device, *details: None
 
 
 @dataclass(frozen=True)
@@ -126,30 +130,33 @@ def refusals(op: str, device: torch.device | str) -> dict[str, str | None]:
     return {n: impl.why_not(device) for n, impl in _OPS[op].implementations.items()}
 
 
-def available(op: str, device: torch.device | str) -> list[str]:
-    """Implementations of `op` that can run on `device`, the default one first."""
+def available(op: str, device: torch.device | str, *details: Any) -> list[str]:
+    """Implementations of `op` that can run on `device` (and on such an input), the default one first."""
     device = torch.device(device)
     entry = _OPS[op]
     order = entry.order.get(device.type, entry.order["*"])
     names = [*order, *(n for n in entry.implementations if n not in order)]
-    return [n for n in names if entry.implementations[n].why_not(device) is None]
+    return [n for n in names if entry.implementations[n].why_not(device, *details) is None]
 
 
-def pick(op: str, device: torch.device) -> str:
-    """The implementation that runs `op` on `device` now. Raises BackendError if the request leaves nothing."""
+def pick(op: str, device: torch.device, *details: Any) -> str:
+    """The implementation that runs `op` on `device` now, for an input of these `details` (see `Implementation`).
+
+    Raises BackendError if the request leaves nothing.
+    """
     entry = _OPS[op]
     wanted = _request().for_op(op)
     for n in wanted or entry.order.get(device.type, entry.order["*"]):
         impl = entry.implementations.get(n)
-        if impl is not None and impl.why_not(device) is None:
+        if impl is not None and impl.why_not(device, *details) is None:
             return n
+    known = entry.implementations
     reasons = "; ".join(
-        f"{n}: {entry.implementations[n].why_not(device) if n in entry.implementations else 'not implemented for this op'}"
-        for n in wanted
+        f"{n}: {known[n].why_not(device, *details) if n in known else 'not implemented for this op'}" for n in wanted
     )
     raise BackendError(
         f"{op}: none of the requested backends ({', '.join(wanted) or 'default'}) can run on {device.type}: {reasons}. "
-        f"Available: {', '.join(available(op, device))}"
+        f"Available: {', '.join(available(op, device, *details))}"
     )
 
 
@@ -186,9 +193,11 @@ def why_not_native(device: torch.device) -> str | None:
     return f"no native kernels for {device.type}"
 
 
-def why_not_native_cpu(device: torch.device) -> str | None:
-    """For native implementations that exist in C++ only."""
-    return why_not_native(device) if device.type == "cpu" else f"native kernel exists for cpu only, not {device.type}"
+def why_not_native_cpu(device: torch.device, *dtypes: torch.dtype) -> str | None:
+    """For native implementations that exist in C++ only, in float32, bfloat16 and float16."""
+    if device.type != "cpu":
+        return f"native kernel exists for cpu only, not {device.type}"
+    return why_not_native(device) or ("native kernels take no float64" if torch.float64 in dtypes else None)
 
 
 def environment() -> dict[str, Any]:

@@ -18,7 +18,6 @@ import tyro
 from . import backend
 from .config import MaskConfig, ModelConfig, Progression
 
-Names = tyro.conf.Positional
 _DUAL = MaskConfig()
 
 
@@ -123,7 +122,7 @@ def env() -> dict[str, Any]:
 
 
 def reconstruct(
-    video: Names[str | None] = None,
+    video: tyro.conf.Positional[str | None] = None,
     *,
     weights: str = "runs/demo/pretrain",
     model: str | None = None,
@@ -175,7 +174,7 @@ def reconstruct(
 
 
 def classify(
-    videos: Names[list[str]],
+    videos: tyro.conf.Positional[list[str]],
     *,
     weights: str = "runs/demo/finetune",
     model: str | None = None,
@@ -210,7 +209,7 @@ def classify(
 
 
 def ledger(
-    model: Names[str],
+    model: tyro.conf.Positional[str],
     *,
     frames: int = 16,
     size: int = 224,
@@ -238,7 +237,7 @@ def ledger(
     return result
 
 
-def convert(source: Names[str], target: Names[str]) -> dict[str, Any]:
+def convert(source: tyro.conf.Positional[str], target: tyro.conf.Positional[str]) -> dict[str, Any]:
     """Rewrite a checkpoint under official names, bit for bit.
 
     Example: vmae2 convert vit_b_k710.pth vit_b_k710.safetensors
@@ -254,7 +253,7 @@ def convert(source: Names[str], target: Names[str]) -> dict[str, Any]:
     return written
 
 
-def report(recipe: Names[str] = "demo:progressive", *, out: str = "runs/demo", clips: str | None = None) -> dict[str, Any]:
+def report(recipe: tyro.conf.Positional[str] = "demo:progressive", *, out: str = "runs/demo", clips: str | None = None) -> dict[str, Any]:
     """Write summary, pictures and report of a finished progression again.
 
     Example: vmae2 report demo:progressive --out runs/demo

@@ -68,7 +68,8 @@ def read_views(path: str | Path, *, frames: int, size: int, stride: int = 4, seg
     """
     wanted = dense_test_views(probe(str(path)).num_frames, frames, stride, segments)
     video = torch.from_numpy(decode_video(str(path), wanted.reshape(-1)))
-    views = torch.stack([cut(video, window, size) for window in test_windows(*video.shape[1:3], size, crops)])
+    height, width = video.shape[1:3]
+    views = torch.stack([cut(video, window, size) for window in test_windows(height, width, size, crops)])
     return views.unflatten(1, (segments, frames)).transpose(0, 1).flatten(0, 1).contiguous()
 
 

@@ -89,5 +89,5 @@ def override(run: Stage | Progression, arguments: list[str], prog: str) -> Any:
         return tyro.cli(tyro.conf.AvoidSubcommands[type(run)], default=run, args=arguments, prog=prog)  # type: ignore[misc]
     fields: list[Any] = [(stage.name, type(stage), dataclasses.field(default=stage)) for stage in run.stages]
     stages = dataclasses.make_dataclass("Stages", fields, frozen=True, kw_only=True)
-    changed = tyro.cli(tyro.conf.AvoidSubcommands[stages], args=arguments, prog=prog)  # type: ignore[valid-type]
+    changed = tyro.cli(tyro.conf.AvoidSubcommands[stages], args=arguments, prog=prog)  # type: ignore[misc, valid-type]
     return dataclasses.replace(run, stages=tuple(getattr(changed, stage.name) for stage in run.stages))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 
 import pytest
@@ -195,19 +196,24 @@ def test_what_one_backend_saved_another_can_finish():
 
 def test_sdpa_says_which_inputs_it_refuses_on_cuda():
     cuda = torch.device("cuda")
-    assert module.why_not_sdpa_input(cuda, torch.bfloat16, 88) is None
-    assert "not float32" in module.why_not_sdpa_input(cuda, torch.float32, 64)
-    assert "not 20" in module.why_not_sdpa_input(cuda, torch.float16, 20)
-    assert module.why_not_sdpa_input(torch.device("cpu"), torch.float64, 20) is None
+    assert module.why_not_sdpa(cuda, torch.bfloat16, 88) is None
+    assert "not float32" in module.why_not_sdpa(cuda, torch.float32, 64)
+    assert "not 20" in module.why_not_sdpa(cuda, torch.float16, 20)
+    assert module.why_not_sdpa(torch.device("cpu"), torch.float64, 20) is None
     assert "mps" in backend.refusals("attention", "mps")["sdpa"]
 
 
 def test_refused_input_falls_to_the_reference_only_when_nothing_else_was_asked(monkeypatch):
-    monkeypatch.setattr(module, "why_not_sdpa_input", lambda *_: "it takes no such input")
+    def refuse(device, dtype=None, head_dim=None):
+        return f"it takes no head dim {head_dim}" if head_dim == 4 else None
+
+    entry = backend._OPS["attention"].implementations
+    monkeypatch.setitem(entry, "sdpa", dataclasses.replace(entry["sdpa"], why_not=refuse))
+    assert module._choose(_qkv(1, 2, 1, 8)) == "sdpa"
     assert module._choose(_qkv(1, 2, 1, 4)) == "reference"
     with backend.use_backend("attention=sdpa+reference"):
         assert module._choose(_qkv(1, 2, 1, 4)) == "reference"
-    message = "sdpa was requested, but it takes no such input"
+    message = "sdpa: it takes no head dim 4. Available: reference"
     with backend.use_backend("attention=sdpa"), pytest.raises(backend.BackendError, match=message):
         attention(_qkv(1, 2, 1, 4))
 

@@ -54,11 +54,11 @@ class SceneSet:
 
     size: int = 64
     frames: int = 24
-    unlabeled_video: int = 320
-    unlabeled_frames: int = 120
-    labeled_video: int = 32
+    unlabeled_video: int = 640
+    unlabeled_frames: int = 160
+    labeled_video: int = 40
     """Clips per class."""
-    labeled_frames: int = 10
+    labeled_frames: int = 12
     """Clips per class."""
     target_train: int = 8
     """Clips per class."""
@@ -145,8 +145,8 @@ def write_moving_scenes(root: str | Path, scenes: SceneSet | None = None) -> Pat
     jobs = list(enumerate(_jobs(scenes)))
     lists: dict[str, list[str]] = {}
     with ThreadPoolExecutor() as pool:  # rendering and encoding release the GIL
-        lines = pool.map(lambda job: _write_clip(work, scenes, *job), jobs)
-        for (_, clip), line in zip(jobs, tqdm(lines, total=len(jobs), desc="writing scenes", unit="clip", disable=None)):
+        written = pool.map(lambda job: _write_clip(work, scenes, *job), jobs)
+        for (_, clip), line in zip(jobs, tqdm(written, total=len(jobs), desc="writing scenes", unit="clip", disable=None)):
             lists.setdefault(f"{clip.source}/{clip.split}.csv", []).append(line)
     for path, lines in lists.items():
         (work / path).write_text("\n".join(lines) + "\n")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from functools import partial
 
 import torch
@@ -43,8 +43,9 @@ class VisionTransformer(nn.Module):
     def init_weights(self, only: Collection[str] | None = None) -> None:
         """Official initial values: matrices normal with std `config.init_std` (the official cut at +-2 lies at 100 of 0.02),
         torch's default for the patch embedding, the head scaled by `config.head_init_scale`. `only`: names to write."""
-        scale, normal = self.config.head_init_scale, partial(nn.init.normal_, std=self.config.init_std)
-        special = {"pos_embed": normal, "head.weight": lambda weight: normal(weight).mul_(scale)}
+        scale = self.config.head_init_scale
+        normal: Callable[[Tensor], Tensor] = partial(nn.init.normal_, std=self.config.init_std)
+        special: dict[str, Callable[[Tensor], object]] = {"pos_embed": normal, "head.weight": lambda w: normal(w).mul_(scale)}
         initialise(self, normal, special=special, only=only)
 
     @property

@@ -95,45 +95,31 @@ def _sdpa_backward(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, scale: f
     return dqkv
 
 
-def _why_not_sdpa(device: torch.device) -> str | None:
+def why_not_sdpa(device: torch.device, dtype: torch.dtype | None = None, head_dim: int | None = None) -> str | None:
+    """The reason sdpa cannot run on `device`, or not for this input there; None if it can."""
     if device.type == "cpu":
         return None
     if device.type != "cuda":
         return f"ATen has no flash attention with log-sum-exp for {device.type}"
     if torch.version.hip is None and torch.cuda.is_available() and torch.cuda.get_device_capability(device) < (8, 0):
         return "ATen's flash attention needs compute capability 8.0"
-    return None
-
-
-def why_not_sdpa_input(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    """The reason sdpa cannot take this input although it runs on the device, or None."""
-    if device.type == "cpu":
-        return None
-    if dtype not in (torch.float16, torch.bfloat16):
-        return f"ATen's flash attention on {device.type} takes float16 and bfloat16, not {str(dtype).removeprefix('torch.')}"
-    if head_dim % 8 or head_dim > 256:
-        return f"ATen's flash attention on {device.type} takes head dims that are multiples of 8 up to 256, not {head_dim}"
+    if dtype not in (None, torch.float16, torch.bfloat16):
+        return f"ATen's flash attention on cuda takes float16 and bfloat16, not {str(dtype).removeprefix('torch.')}"
+    if head_dim is not None and (head_dim % 8 or head_dim > 256):
+        return f"ATen's flash attention on cuda takes head dims that are multiples of 8 up to 256, not {head_dim}"
     return None
 
 
 BACKWARD = {"reference": _reference_backward, "sdpa": _sdpa_backward}
 backend.register_op(
     "attention",
-    {"sdpa": backend.Implementation(_sdpa, _why_not_sdpa), "reference": backend.Implementation(_reference)},
+    {"sdpa": backend.Implementation(_sdpa, why_not_sdpa), "reference": backend.Implementation(_reference)},
     {"cpu": ("sdpa", "reference"), "cuda": ("sdpa", "reference"), "*": ("reference",)},
 )
 
 
 def _choose(qkv: Tensor) -> str:
-    """`backend.pick`, which knows the device only, corrected for the dtype and head dim of this input."""
-    name = backend.pick("attention", qkv.device)
-    reason = why_not_sdpa_input(qkv.device, qkv.dtype, qkv.shape[4]) if name == "sdpa" else None
-    if reason is None:
-        return name
-    wanted = backend._request().for_op("attention")
-    if wanted and "reference" not in wanted:
-        raise backend.BackendError(f"attention: sdpa was requested, but {reason}. Available for this input: reference")
-    return "reference"
+    return backend.pick("attention", qkv.device, qkv.dtype, qkv.shape[4])
 
 
 def _save(ctx: Any, inputs: tuple[Tensor, float], output: tuple[Tensor, Tensor]) -> None:

@@ -192,14 +192,9 @@ _native.register("gather_patches", gather_patches_reference, _gather_native)
 _native.register("scatter_patches", scatter_patches_reference, _scatter_native)
 
 
-def resolve(op: str, device: torch.device, *dtypes: torch.dtype) -> str:
-    """The backend of `op`, with the one rule beside the request: float64 always runs the reference."""
-    return "reference" if torch.float64 in dtypes else backend.pick(op, device)
-
-
 def _gather_body(clip: Tensor, index: Tensor, *arguments: Any) -> Tensor:
     *given, name = arguments
-    name = name or resolve("gather_patches", clip.device, clip.dtype, given[4])
+    name = name or backend.pick("gather_patches", clip.device, clip.dtype, given[4])
     return backend.run("gather_patches", name, clip, index.contiguous(), *given)
 
 
@@ -214,7 +209,7 @@ def _gather_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(index)
     ctx.clip = clip_shape(clip), clip.dtype
     ctx.geometry = patch, tubelet, order
-    ctx.backend = name or resolve("gather_patches", clip.device, clip.dtype, dtype)
+    ctx.backend = name or backend.pick("gather_patches", clip.device, clip.dtype, dtype)
 
 
 def _gather_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
@@ -229,7 +224,7 @@ def _gather_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 def _scatter_body(rows: Tensor, index: Tensor, *arguments: Any) -> Tensor:
     *given, name = arguments
-    name = name or resolve("scatter_patches", rows.device, rows.dtype)
+    name = name or backend.pick("scatter_patches", rows.device, rows.dtype)
     return backend.run("scatter_patches", name, rows, index.contiguous(), *given)
 
 
@@ -244,7 +239,7 @@ def _scatter_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     rows, index, _, patch, tubelet, channels, order, name = inputs
     ctx.save_for_backward(index)
     ctx.geometry = patch, tubelet, channels, order, rows.dtype
-    ctx.backend = name or resolve("scatter_patches", rows.device, rows.dtype)
+    ctx.backend = name or backend.pick("scatter_patches", rows.device, rows.dtype)
 
 
 def _scatter_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
@@ -288,7 +283,7 @@ def gather_patches(
     clip: uint8 [B, T, H, W, C], normalised with the per-channel `mean` and `std` of values in [0, 1] (None: ImageNet's, for
     three channels), or floating point [B, C, T, H, W], taken as it is and differentiable. index: int32 [B, K] token ids
     (int64 is converted); -1 gives a row of zeros. `order`: "conv" (c, t, y, x) or "pixel" (t, y, x, c).
-    float64 clips or rows run the reference whatever the backend request says.
+    float64 has the reference only.
 
     Raises ValueError for a clip that is no whole number of patches, IndexError (on CPU) for ids outside the grid.
     """

@@ -22,7 +22,7 @@ from torch import Tensor
 from .. import backend
 from . import _native
 from ._register import check, define
-from .patches import channel_statistics, check_clip, check_index, clip_shape, gather_patches_reference, resolve
+from .patches import channel_statistics, check_clip, check_index, clip_shape, gather_patches_reference
 
 EPS = 1e-6  # added to the standard deviation, as in the official engine
 
@@ -139,7 +139,7 @@ _native.register("reconstruction_loss_backward", _backward_reference, _backward_
 
 
 def _body(pred: Tensor, clip: Tensor, loss_index: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    name = resolve("reconstruction_loss", pred.device, pred.dtype, clip.dtype)
+    name = backend.pick("reconstruction_loss", pred.device, pred.dtype, clip.dtype)
     return backend.run("reconstruction_loss", name, pred, clip, loss_index.contiguous(), *arguments)
 
 
@@ -153,7 +153,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tens
     ctx.mark_non_differentiable(output[1], output[2])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(output[2])
-    ctx.backend = resolve("reconstruction_loss", pred.device, pred.dtype, clip.dtype)
+    ctx.backend = backend.pick("reconstruction_loss", pred.device, pred.dtype, clip.dtype)
 
 
 def _autograd(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Any, ...]:
@@ -196,7 +196,7 @@ def reconstruction_loss(
     pred: float [B, L, K], K = tubelet*patch*patch*C in order (t, y, x, c); clip: uint8 [B, T, H, W, C], or floating point
     [B, C, T, H, W] already normalised with `mean` and `std` (None: ImageNet's for three channels); loss_index: int32 [B, L]
     token ids, -1 where padded (int64 is converted). All arithmetic is float32, also under autocast; only `pred` gets a
-    gradient, in its own dtype. float64 runs the reference whatever the backend request says and gives a float64 loss.
+    gradient, in its own dtype. float64 has the reference only and gives a float64 loss.
 
     `denominator`: "code" divides by the loss tokens of the whole batch, "paper" by B*`decoded`.
     Returns the float32 scalar, or with reduction="sum" the pair (sum of the token losses, that denominator as int64

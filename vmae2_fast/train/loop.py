@@ -45,8 +45,8 @@ def train(
     device: default the first GPU, else the CPU.
 
     Summary: name, kind, device, precision, steps, epochs, clips, seconds (of training, over all sittings), clips_per_s,
-    classes (names or None), first_loss, last_loss (mean over the last `log_every` steps), skipped_steps, replaced ({path: times} of clips that
-    could not be decoded), validation (metrics, or None), weights, directory.
+    first_loss, last_loss (mean over the last `log_every` steps), skipped_steps, replaced ({path: times} of clips that
+    could not be decoded), validation (metrics, or None), classes (names, or None), weights, directory.
     Raises ValueError for bad input, SystemExit 143 / 130 after SIGTERM / SIGINT with a checkpoint saved.
     """
     if init is not None:
