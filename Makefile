@@ -46,3 +46,17 @@ lint: $(VENV)/.dev
 clean:
 	rm -rf build dist *.egg-info vmae2_fast/_C*.so .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -not -path "./$(VENV)/*" -prune -exec rm -rf {} +
+
+# ARGS: for bench, arguments of pytest (-k gather); for gpu-check, of the GPU entry point (--only, --budget-s, --dry-run, --force).
+ARGS ?=
+RESULTS := benchmarks/results-local
+
+bench: $(VENV)/.dev
+	@mkdir -p $(RESULTS)
+	$(BIN)/python -m pytest -q benchmarks/test_ops.py --benchmark-json=$(RESULTS)/ops.json --benchmark-columns=median,iqr,rounds $(ARGS)
+	$(BIN)/python -m vmae2_fast.benchmarks.report $(RESULTS)/ops.json
+
+# The running interpreter with its own torch; nothing is downloaded. In place, so that the tests see the built extension.
+gpu-check:
+	$(PYTHON) -m pip install -q --no-build-isolation --no-deps --no-index -e .
+	VMAE2_NATIVE=require $(PYTHON) -m vmae2_fast.benchmarks.gpu $(ARGS)

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from . import backend
+from . import __version__, backend
 from .config import MaskConfig, ModelConfig, Progression
 
 _DUAL = MaskConfig()
@@ -71,6 +71,9 @@ def _run(run: Any, options: LaunchOptions) -> dict[str, Any]:
     if isinstance(run, Progression):
         stages = selected(run, options.start, options.until)
     plan = describe(dataclasses.replace(run, stages=tuple(stages)) if isinstance(run, Progression) else run)
+    built = backend.native() is not None
+    kernels = "with native kernels" if built else "WITHOUT native kernels (not built): reference implementations, slower"
+    print(f"vmae2_fast {__version__} {kernels}; `vmae2 env` tells more", file=sys.stderr)
     for line in plan:
         print(line, file=sys.stderr)
     if options.dry_run:
