@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -68,10 +69,10 @@ def progressive(out: str = "runs/demo", clips: str | None = None, short: bool = 
     finetune = ClassifyConfig(
         name="finetune",
         cites="paper section 3.4: specific fine-tuning on the target set",
-        model=classifier,
+        model=dataclasses.replace(classifier, head_init_scale=0.01),
         data=_data(out, "target", sampling="dense"),
         validation=_data(out, "target", split="val", sampling="dense"),
-        optim=OptimConfig(lr=1e-3, lr_batch=0, min_lr=1e-5, warmup_epochs=2.0, betas=(0.9, 0.999), layer_decay=0.9),
+        optim=OptimConfig(lr=5e-4, lr_batch=0, min_lr=1e-5, warmup_epochs=2.0, betas=(0.9, 0.999), layer_decay=0.9),
         train=_train((200 if few else 40) // steps),
         views=ViewsConfig(segments=2, crops=3),
         init="stage:post_pretrain",
@@ -118,4 +119,4 @@ def _data(out: str, *sources: str, split: str = "train", sampling: str = "pretra
 
 
 def _train(epochs: int) -> TrainConfig:
-    return TrainConfig(epochs=max(1, epochs), global_batch=16, checkpoint_every=200, log_every=20)
+    return TrainConfig(epochs=max(1, epochs), global_batch=16, threads=1, checkpoint_every=200, log_every=20)

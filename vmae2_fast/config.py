@@ -174,6 +174,8 @@ class TrainConfig:
     """Clips of one forward; None: all of them at once. Must divide the global batch."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """bfloat16: autocast."""
+    threads: int | None = None
+    """CPU threads of a step; None: torch's own choice. Models of demo size are faster on one than on two."""
     loss_denominator: Literal["code", "paper"] = "code"
     checkpoint_every: int = 500
     """Optimiser steps between two checkpoints; the end of the run always saves."""

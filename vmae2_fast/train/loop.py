@@ -7,6 +7,7 @@ checkpoint: a run killed at any moment and started again ends with the same bits
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import signal
@@ -56,7 +57,7 @@ def train(
         print(f"{config.name}: finished earlier, see {run.done}", file=sys.stderr)
         return summary
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    with _Interrupt() as interrupt:
+    with _Interrupt() as interrupt, _threads(config.train.threads):
         trainer = Trainer(config, run, device)
         trainer.fit(interrupt)
         return trainer.finish()
@@ -291,6 +292,16 @@ def class_names(config: RunConfig) -> tuple[str, ...] | None:
 def _mean(values: list[float]) -> float | None:
     finite = [v for v in values if math.isfinite(v)]
     return sum(finite) / len(finite) if finite else None
+
+
+@contextlib.contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class _Interrupt:
