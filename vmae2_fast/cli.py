@@ -256,7 +256,9 @@ def convert(source: tyro.conf.Positional[str], target: tyro.conf.Positional[str]
     return written
 
 
-def report(recipe: tyro.conf.Positional[str] = "demo:progressive", *, out: str = "runs/demo", clips: str | None = None) -> dict[str, Any]:
+def report(
+    recipe: tyro.conf.Positional[str] = "demo:progressive", *, out: str = "runs/demo", clips: str | None = None
+) -> dict[str, Any]:
     """Write summary, pictures and report of a finished progression again.
 
     Example: vmae2 report demo:progressive --out runs/demo
