@@ -60,7 +60,7 @@ def progressive(out: str = "runs/demo", clips: str | None = None, short: bool = 
         cites="paper section 3.4: supervised on the merged labelled set",
         model=ModelConfig(name="vit_small_patch16_224", num_classes=labeled, **_WIDE),
         data=_data(out, "labeled_video", "labeled_frames", sampling="dense"),
-        validation=_data(out, "labeled_video", sampling="dense"),
+        validation=_data(out, "labeled_video", split="val", sampling="dense"),
         optim=OptimConfig(lr=2e-3, lr_batch=0, min_lr=1e-5, warmup_epochs=1.0, betas=(0.9, 0.999)),
         train=_train((240 if few else 15) // steps),
         views=ViewsConfig(segments=1, crops=1),

@@ -12,7 +12,14 @@ from vmae2_fast.data import VideoLoader, decode_video, open_sources, probe
 from vmae2_fast.data.synthetic import CLASSES, TARGET_CLASSES, SceneSet, render_scene, write_moving_scenes
 
 SMALL = SceneSet(
-    unlabeled_video=3, unlabeled_frames=2, labeled_video=1, labeled_frames=1, target_train=1, target_val=1, holdout=2
+    unlabeled_video=3,
+    unlabeled_frames=2,
+    labeled_video=1,
+    labeled_frames=1,
+    target_train=1,
+    target_val=1,
+    labeled_val=1,
+    holdout=2,
 )
 
 

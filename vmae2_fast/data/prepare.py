@@ -50,7 +50,8 @@ def prepare_scenes(root: str | Path, *, size: int, scale: float, seed: int) -> d
     scenes = SceneSet(
         size=size, seed=seed, unlabeled_video=count(plain.unlabeled_video), unlabeled_frames=count(plain.unlabeled_frames),
         labeled_video=count(plain.labeled_video), labeled_frames=count(plain.labeled_frames),
-        target_train=count(plain.target_train), target_val=count(plain.target_val), holdout=count(plain.holdout),
+        target_train=count(plain.target_train), target_val=count(plain.target_val), labeled_val=count(plain.labeled_val),
+        holdout=count(plain.holdout),
     )  # fmt: skip
     write_moving_scenes(root, scenes)
     return {
@@ -150,7 +151,7 @@ def _write_lists(work: Path, train: list[Copied], test: list[Copied], classes: l
     for source, (split, lines) in lists.items():
         (work / source).mkdir()
         (work / source / f"{split}.csv").write_text("\n".join(lines) + "\n")
-    (work / "target" / "val.csv").write_text("\n".join(f"../video/{name}.mp4 {label}" for name, _, label in test) + "\n")
     for source in ("labeled_video", "target"):
+        (work / source / "val.csv").write_text("\n".join(f"../video/{name}.mp4 {label}" for name, _, label in test) + "\n")
         (work / source / "classes.txt").write_text("\n".join(classes) + "\n")
     (work / "datasets.toml").write_text(source_tables(len(classes), len(classes)))

@@ -11,7 +11,7 @@ Layout written by `write_moving_scenes(root)`:
     root/datasets.toml           the six sources below, as `DataConfig.datasets` reads them
     root/unlabeled_video/        H.264 MP4 at 24 frames a second, list `path 0 -1`
     root/unlabeled_frames/       the same kind of scenes at 12 a second as JPEG folders, list `path 1 total`
-    root/labeled_video/          12 classes, H.264 MP4, list `path label`
+    root/labeled_video/          12 classes, H.264 MP4, lists `path label` for training and validation
     root/labeled_frames/         12 classes, JPEG folders, list `path total label`
     root/target/                 6 of the classes with few labels; its own numbering; train and val lists
     root/holdout/                unlabeled clips nobody trains on, to judge reconstruction
@@ -63,6 +63,8 @@ class SceneSet:
     target_train: int = 8
     """Clips per class."""
     target_val: int = 20
+    """Clips per class."""
+    labeled_val: int = 6
     """Clips per class."""
     holdout: int = 64
     seed: int = 0
@@ -181,6 +183,8 @@ def _jobs(scenes: SceneSet) -> Iterator[_Clip]:
     for label, kind in enumerate(TARGET_CLASSES):
         yield from [_Clip("target", "train", kind, label, False)] * scenes.target_train
         yield from [_Clip("target", "val", kind, label, False)] * scenes.target_val
+    for label, kind in enumerate(CLASSES):
+        yield from [_Clip("labeled_video", "val", kind, label, False)] * scenes.labeled_val
 
 
 def _write_clip(work: Path, scenes: SceneSet, number: int, clip: _Clip) -> str:
@@ -204,7 +208,7 @@ def source_tables(labeled: int, target: int) -> str:
         frames = source.endswith("_frames")
         text += f'[{source}]\nroot = "{source}"\n'
         text += 'val = "val.csv"\n' if source == "holdout" else 'train = "train.csv"\n'
-        text += 'val = "val.csv"\n' if source == "target" else ""
+        text += 'val = "val.csv"\n' if source in ("target", "labeled_video") else ""
         text += 'kind = "frames"\ntemplate = "img_{:05}.jpg"\nstride = 1\n' if frames else 'kind = "video"\nstride = 2\n'
         text += 'format = "pretrain"\n' if source in ("unlabeled_video", "unlabeled_frames", "holdout") else ""
         if source in ("labeled_video", "labeled_frames"):
