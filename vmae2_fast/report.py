@@ -148,7 +148,8 @@ def _confusion(metrics: dict[str, Any], out: Path) -> Path:
     for y, row in enumerate(matrix):
         for x, count in enumerate(row):
             if count:
-                axes.text(x, y, str(count), ha="center", va="center", fontsize=7)
+                colour = "white" if count > max(map(max, matrix)) / 2 else "black"
+                axes.text(x, y, str(count), ha="center", va="center", fontsize=7, color=colour)
     axes.set_xlabel("predicted", fontsize=8)
     figure.tight_layout()
     figure.savefig(out / "confusion.png", dpi=110)
