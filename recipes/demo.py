@@ -53,7 +53,7 @@ def progressive(out: str = "runs/demo", clips: str | None = None, short: bool = 
         data=_data(out, "unlabeled_video", "unlabeled_frames", views=2),
         validation=_data(out, "holdout", split="val"),
         optim=OptimConfig(lr=2e-3, lr_batch=0, min_lr=1e-5, warmup_epochs=2.0, betas=(0.9, 0.95)),
-        train=_train((600 if few else 16) // steps),
+        train=_train((450 if few else 16) // steps),
     )
     post_pretrain = ClassifyConfig(
         name="post_pretrain",
@@ -62,7 +62,7 @@ def progressive(out: str = "runs/demo", clips: str | None = None, short: bool = 
         data=_data(out, "labeled_video", "labeled_frames", sampling="dense"),
         validation=_data(out, "labeled_video", split="val", sampling="dense"),
         optim=OptimConfig(lr=2e-3, lr_batch=0, min_lr=1e-5, warmup_epochs=1.0, betas=(0.9, 0.999)),
-        train=_train((240 if few else 15) // steps),
+        train=_train((200 if few else 15) // steps),
         views=ViewsConfig(segments=1, crops=1),
         init="stage:pretrain",
     )
@@ -73,7 +73,7 @@ def progressive(out: str = "runs/demo", clips: str | None = None, short: bool = 
         data=_data(out, "target", sampling="dense"),
         validation=_data(out, "target", split="val", sampling="dense"),
         optim=OptimConfig(lr=5e-4, lr_batch=0, min_lr=1e-5, warmup_epochs=2.0, betas=(0.9, 0.999), layer_decay=0.9),
-        train=_train((200 if few else 40) // steps),
+        train=_train((120 if few else 40) // steps),
         views=ViewsConfig(segments=2, crops=3),
         init="stage:post_pretrain",
     )
@@ -84,7 +84,7 @@ def progressive(out: str = "runs/demo", clips: str | None = None, short: bool = 
         data=finetune.data,
         validation=finetune.validation,
         optim=OptimConfig(lr=2e-3, lr_batch=0, min_lr=1e-5, warmup_epochs=2.0, betas=(0.9, 0.999)),
-        train=_train((900 if few else 235) // steps),
+        train=_train((520 if few else 235) // steps),
         views=finetune.views,
     )
     distill = DistillConfig(
@@ -96,7 +96,7 @@ def progressive(out: str = "runs/demo", clips: str | None = None, short: bool = 
         data=_data(out, "labeled_video", "labeled_frames", "target", sampling="dense"),
         validation=finetune.validation,
         optim=OptimConfig(lr=2e-3, lr_batch=0, min_lr=1e-5, warmup_epochs=1.0, betas=(0.9, 0.999)),
-        train=_train((300 if few else 10) // steps),
+        train=_train((150 if few else 10) // steps),
         views=finetune.views,
     )
     return Progression(

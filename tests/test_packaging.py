@@ -70,7 +70,11 @@ def run(target: Path, code: str, cwd: Path) -> str:
     # An editable install of this checkout would lend its own _C to the copy under test.
     alone = "import sys; sys.meta_path = [f for f in sys.meta_path if 'editable' not in repr(f).lower()]\n"
     done = subprocess.run(
-        [sys.executable, "-c", alone + code], env={**environment, "PYTHONPATH": str(target)}, cwd=cwd, capture_output=True, text=True
+        [sys.executable, "-c", alone + code],
+        env={**environment, "PYTHONPATH": str(target)},
+        cwd=cwd,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout

@@ -62,12 +62,17 @@ def launch(arguments: list[str]) -> dict[str, Any]:
 
 
 def _run(run: Any, options: LaunchOptions) -> dict[str, Any]:
-    from .report import summarise, write_report, write_summary
+    from .report import missing, summarise, write_report, write_summary
     from .train.loop import train
     from .train.progression import describe, run_progression, selected, smoke
 
     if options.smoke:
         run = smoke(run)
+    if isinstance(run, Progression) and missing():
+        print(
+            f"no pictures and no report: {', '.join(missing())} not installed (pip install 'vmae2_fast[report]')",
+            file=sys.stderr,
+        )
     if isinstance(run, Progression):
         stages = selected(run, options.start, options.until)
     plan = describe(dataclasses.replace(run, stages=tuple(stages)) if isinstance(run, Progression) else run)
@@ -86,7 +91,8 @@ def _run(run: Any, options: LaunchOptions) -> dict[str, Any]:
         write_summary(summary, Path(run.out))
         return summary
     summary = write_report(run, results)
-    print(f"report: {Path(run.out) / 'report.html'}", file=sys.stderr)
+    if not missing():
+        print(f"report: {Path(run.out) / 'report.html'}", file=sys.stderr)
     return summary
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -16,28 +17,32 @@ from .config import ClassifyConfig, DistillConfig, PretrainConfig, Progression, 
 from .train.progression import resolved
 
 _CLIPS_SHOWN = 6
-_RECONSTRUCTIONS = (
-    "Reconstruction of clips not trained on (rows: original, what the encoder saw, what the decoder predicted, "
-    "and for comparison the patch means alone)"
-)
+_ROWS = "(rows: original, what the encoder saw, what the decoder predicted, and for comparison the patch means alone)"
 
 
 def write_report(progression: Progression, results: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Evaluate what only the whole progression can tell, write summary, pictures and report; returns the summary.
 
-    Needs the extra `report` (matplotlib, Jinja2, Pillow); without it, raises ValueError after `summary.json` is written.
+    Without the extra `report` (matplotlib, Jinja2, Pillow) only `summary.json` is written; `missing()` says so beforehand.
     """
     out = Path(progression.out)
     summary = summarise(progression, results)
     write_summary(summary, out)
+    if missing():
+        return summary
     pictures = {"Loss": _curves(progression, out)}
     for stage in progression.stages:
         if isinstance(stage, PretrainConfig) and stage.name in results:
-            pictures |= _reconstructions(resolved(stage, out), out)  # type: ignore[arg-type]
+            pictures |= _reconstructions(resolved(stage, out), out, _judged(summary))  # type: ignore[arg-type]
     if summary.get("finetune", {}).get("confusion"):
-        pictures["Confusion on test clips (rows: true class)"] = _confusion(summary["finetune"], out)
+        pictures[f"Confusion on {_judged(summary)} (rows: true class)"] = _confusion(summary["finetune"], out)
     _html(summary, pictures, out)
     return summary
+
+
+def missing() -> list[str]:
+    """Packages that pictures and report need and that are not installed."""
+    return [name for name in ("matplotlib", "jinja2", "PIL") if importlib.util.find_spec(name) is None]
 
 
 def summarise(progression: Progression, results: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -112,7 +117,7 @@ def _curves(progression: Progression, out: Path) -> Path:
     return out / "curves.png"
 
 
-def _reconstructions(stage: PretrainConfig, out: Path) -> dict[str, Path]:
+def _reconstructions(stage: PretrainConfig, out: Path, judged: str) -> dict[str, Path]:
     from .data.loader import EvaluationLoader
     from .models import build_model
     from .models.weights import load_weights
@@ -132,7 +137,7 @@ def _reconstructions(stage: PretrainConfig, out: Path) -> dict[str, Path]:
     save_png(sheet(parts, scale=scale), png)
     save_gif(parts[0], gif, scale=2 * scale)
     return {
-        _RECONSTRUCTIONS: png,
+        f"Reconstruction of {judged} {_ROWS}": png,
         "The first of them in motion": gif,
     }
 
@@ -158,10 +163,8 @@ def _confusion(metrics: dict[str, Any], out: Path) -> Path:
 
 
 def _html(summary: dict[str, Any], pictures: dict[str, Path], out: Path) -> None:
-    try:
-        from jinja2 import Environment
-    except ImportError as error:
-        raise ValueError("the report needs Jinja2: pip install 'vmae2_fast[report]'") from error
+    from jinja2 import Environment
+
     kinds = {".png": "image/png", ".gif": "image/gif"}
     embedded = [
         (title, f"data:{kinds[path.suffix]};base64,{base64.b64encode(path.read_bytes()).decode()}")
@@ -178,15 +181,20 @@ def _html(summary: dict[str, Any], pictures: dict[str, Path], out: Path) -> None
     temporary.replace(out / "report.html")
 
 
+def _judged(summary: dict[str, Any]) -> str:
+    return "the clips it was trained on" if summary["data"].get("train_is_test") else "clips not trained on"
+
+
 def findings(summary: dict[str, Any]) -> list[tuple[str, str]]:
     """The figures worth reading, as (what, value)."""
     rows = []
+    judged = _judged(summary)
     pretrain, finetune = summary.get("pretrain", {}), summary.get("finetune", {})
     scratch, distill = summary.get("scratch", {}), summary.get("distill", {})
     if "ratio_to_zero_predictor" in pretrain:
         rows.append(
             (
-                "Pre-training loss on clips not trained on, as a share of predicting zero",
+                f"Pre-training loss on {judged}, as a share of predicting zero",
                 _number(pretrain["ratio_to_zero_predictor"]),
             )
         )
@@ -194,7 +202,7 @@ def findings(summary: dict[str, Any]) -> list[tuple[str, str]]:
     if "top1" in finetune:
         rows += [
             ("Chance", _percent(summary["chance"])),
-            ("Progressive training, top-1 on test clips", _percent(finetune["top1"])),
+            (f"Progressive training, top-1 on {judged}", _percent(finetune["top1"])),
             ("... with the frames of each clip shuffled", _percent(finetune["top1_shuffled"])),
         ]
     if "top1" in scratch:
@@ -214,10 +222,8 @@ def _percent(value: Any) -> str:
 
 
 def _pyplot() -> Any:
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ValueError("pictures need matplotlib: pip install 'vmae2_fast[report]'") from error
+    import matplotlib
+
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
