@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +19,7 @@ from vmae2_fast import backend
 from vmae2_fast.ops import _native, gather_patches
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture
@@ -142,7 +146,32 @@ def test_without_the_extension_ops_run_and_say_why() -> None:
     )
     assert done.stdout.startswith("96\n")
     assert "'runs': 'reference'" in done.stdout
-    assert "no C++ compiler" in done.stdout
+    assert "VMAE2_NATIVE=off" in done.stdout
+
+
+def _why_not_native(folder, wish: str, broken: str | None) -> subprocess.CompletedProcess[str]:
+    """`why_not_native` of a copy of the package's Python files, with `broken` as the text of its extension."""
+    shutil.copytree(ROOT / "vmae2_fast", folder / "vmae2_fast", ignore=shutil.ignore_patterns("*.so", "*.pyd", "__pycache__"))
+    if broken is not None:
+        (folder / "vmae2_fast" / f"_C{EXTENSION_SUFFIXES[0]}").write_text(broken)
+    script = "import torch; from vmae2_fast import backend; print(backend.why_not_native(torch.device('cpu')))"
+    environment = {**os.environ, "VMAE2_NATIVE": wish, "PYTHONPATH": str(folder)}
+    return subprocess.run([sys.executable, "-c", script], env=environment, cwd=folder, capture_output=True, text=True)
+
+
+def test_an_extension_that_cannot_be_imported_is_told_from_one_not_built(tmp_path) -> None:
+    absent = _why_not_native(tmp_path / "absent", "", None).stdout
+    assert absent == "vmae2_fast._C was not built (no C++ compiler at install time)\n"
+    broken = _why_not_native(tmp_path / "broken", "auto", "not a shared library").stdout
+    assert broken.startswith("vmae2_fast._C cannot be imported: ")
+    assert "_C" in broken.partition("imported: ")[2]
+    assert "not built" not in broken
+
+
+def test_an_unknown_native_wish_names_the_known_ones(tmp_path) -> None:
+    done = _why_not_native(tmp_path, "on", None)
+    assert done.returncode == 1
+    assert "BackendError: VMAE2_NATIVE=on is unknown; it must be auto, require or off" in done.stderr
 
 
 @pytest.mark.skipif(backend.native() is None, reason="no native extension")

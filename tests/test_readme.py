@@ -32,3 +32,7 @@ def test_commands_and_recipes_exist() -> None:
 def test_linked_files_exist() -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", README):
         assert (Path(__file__).parents[1] / target).exists(), target
+
+
+def test_nothing_is_left_to_fill_in() -> None:
+    assert not re.findall(r"\b[A-Z]+_TABLE\b|\bTBD\b", README)

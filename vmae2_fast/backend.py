@@ -165,27 +165,40 @@ def run(op: str, name: str, *args: Any) -> Any:
     return _OPS[op].implementations[name].run(*args)
 
 
+_EXTENSION = "vmae2_fast._C"
+
+
 @functools.cache
-def native() -> Any | None:
-    """The compiled extension `vmae2_fast._C`, or None. VMAE2_NATIVE=require makes its absence an error, =off hides it."""
-    wish = os.environ.get("VMAE2_NATIVE", "auto")
+def _load_native() -> tuple[Any | None, str]:
+    """The extension, or None and the reason."""
+    wish = os.environ.get("VMAE2_NATIVE") or "auto"
+    if wish not in ("auto", "require", "off"):
+        raise BackendError(f"VMAE2_NATIVE={wish} is unknown; it must be auto, require or off")
     if wish == "off":
-        return None
+        return None, f"{_EXTENSION} is not used (VMAE2_NATIVE=off)"
     try:
-        return importlib.import_module("vmae2_fast._C")
+        return importlib.import_module(_EXTENSION), ""
     except ImportError as error:
         if wish == "require":
             raise BackendError(
-                f"VMAE2_NATIVE=require, but vmae2_fast._C cannot be imported ({error}); "
+                f"VMAE2_NATIVE=require, but {_EXTENSION} cannot be imported ({error}); "
                 "build it with `pip install .` and a C++ compiler"
             ) from error
-        return None
+        if isinstance(error, ModuleNotFoundError) and error.name == _EXTENSION:
+            return None, f"{_EXTENSION} was not built (no C++ compiler at install time)"
+        return None, f"{_EXTENSION} cannot be imported: {error}"
+
+
+def native() -> Any | None:
+    """The compiled extension `vmae2_fast._C`, or None. VMAE2_NATIVE=require makes its absence an error, =off hides it;
+    BackendError for any other value than these and auto."""
+    return _load_native()[0]
 
 
 def why_not_native(device: torch.device) -> str | None:
     """The refusal shared by all native implementations."""
     if native() is None:
-        return "vmae2_fast._C was not built (no C++ compiler at install time, or VMAE2_NATIVE=off)"
+        return _load_native()[1]
     if device.type == "cpu":
         return None
     if device.type == "cuda":

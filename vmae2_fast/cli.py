@@ -6,8 +6,12 @@ with `--json` the last line on stdout is the result as JSON.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
+import io
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +20,7 @@ from typing import Annotated, Any
 import tyro
 
 from . import __version__, backend
-from .config import MaskConfig, ModelConfig, Progression
+from .config import MaskConfig, ModelConfig, Progression, load
 
 _DUAL = MaskConfig()
 
@@ -33,6 +37,8 @@ class LaunchOptions:
     """Weights the first stage starts from, instead of its own `init`."""
     smoke: bool = False
     """Shrink the recipe to CPU seconds: small model, small clips, few moving scenes, one epoch."""
+    restart: bool = False
+    """Run the named stages from their start, in place of what is there."""
     dry_run: bool = False
     """Print the plan and stop."""
     json: bool = False
@@ -50,21 +56,44 @@ def launch(arguments: list[str]) -> dict[str, Any]:
     if not arguments or arguments[0].startswith("-"):
         print(launch.__doc__)
         print("Recipes:\n" + recipes_index.listing())
-        tyro.cli(tyro.conf.OmitArgPrefixes[LaunchOptions], prog="vmae2 launch RECIPE", args=["--help"])
+        parse(LaunchOptions, ["--help"], "vmae2 launch RECIPE")
     name, *rest = arguments
     recipe = recipes_index.find(name)
+    prog = f"vmae2 launch {name}"
     helped = any(a in ("-h", "--help") for a in rest)
     rest = [a for a in rest if a not in ("-h", "--help")]
-    options, rest = tyro.cli(LaunchOptions, args=rest, return_unknown_args=True, prog=f"vmae2 launch {name}")
-    made, rest = tyro.cli(recipe, args=rest, return_unknown_args=True, prog=f"vmae2 launch {name}")
-    run = recipes_index.override(made, [*rest, "--help"] if helped else rest, prog=f"vmae2 launch {name}")
+    options, rest = parse(LaunchOptions, rest, prog, return_unknown_args=True)
+    made, rest = parse(recipe, rest, prog, return_unknown_args=True)
+    run = recipes_index.override(made, [*rest, "--help"] if helped else rest, prog, parse)
     return _run(run, options)
+
+
+def parse(target: Any, arguments: list[str], prog: str, **options: Any) -> Any:
+    """tyro's parser, its help as it is, its errors as one ValueError line."""
+    out = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+            return tyro.cli(target, args=arguments, prog=prog, **options)
+    except SystemExit as stop:
+        if not stop.code:
+            print(out.getvalue())
+            raise
+        raise ValueError(_one_line(out.getvalue())) from None
+
+
+def _one_line(box: str) -> str:
+    """The message of tyro's error box: its first part, then the flags it offers instead."""
+    lines = [re.sub(r"[-─]{4,}", "", line.strip("│|╭╮╰╯+ ")).strip() for line in box.splitlines()]
+    text = re.split("For full helptext|Argument helptext", " ".join(line for line in lines[1:] if line))[0]
+    head, offers, rest = text.partition("Perhaps you meant:")
+    flags = list(dict.fromkeys(re.findall(r"--[\w.\-]+", rest)))
+    return head.strip() + (f"; did you mean {' or '.join(flags[:3])}?" if offers and flags else "")
 
 
 def _run(run: Any, options: LaunchOptions) -> dict[str, Any]:
     from .report import missing, summarise, write_report, write_summary
     from .train.loop import train
-    from .train.progression import describe, run_progression, selected, smoke
+    from .train.progression import check_stage, describe, run_progression, selected, smoke
 
     if options.smoke:
         run = smoke(run)
@@ -73,8 +102,9 @@ def _run(run: Any, options: LaunchOptions) -> dict[str, Any]:
             f"no pictures and no report: {', '.join(missing())} not installed (pip install 'vmae2_fast[report]')",
             file=sys.stderr,
         )
-    if isinstance(run, Progression):
-        stages = selected(run, options.start, options.until)
+    stages = selected(run, options.start, options.until) if isinstance(run, Progression) else [run]
+    for stage in stages:
+        check_stage(stage)
     plan = describe(dataclasses.replace(run, stages=tuple(stages)) if isinstance(run, Progression) else run)
     built = backend.native() is not None
     kernels = "with native kernels" if built else "WITHOUT native kernels (not built): reference implementations, slower"
@@ -84,8 +114,8 @@ def _run(run: Any, options: LaunchOptions) -> dict[str, Any]:
     if options.dry_run:
         return {"plan": plan}
     if not isinstance(run, Progression):
-        return train(run, init=options.weights)
-    results = run_progression(run, start=options.start, until=options.until, init=options.weights)
+        return train(run, init=options.weights, resume=not options.restart)
+    results = run_progression(run, start=options.start, until=options.until, init=options.weights, resume=not options.restart)
     if len(stages) < len(run.stages):
         summary = summarise(run, results)
         write_summary(summary, Path(run.out))
@@ -208,6 +238,8 @@ def classify(
     from .inference import classify as run
     from .inference import load_model
 
+    if not videos or min(segments, crops, topk, stride) < 1:
+        raise ValueError("classify needs at least one video, and segments, crops, topk and stride of at least 1")
     loaded = load_model(weights, model, kind="classify")
     results = []
     for video in videos:
@@ -262,20 +294,26 @@ def convert(source: tyro.conf.Positional[str], target: tyro.conf.Positional[str]
     return written
 
 
-def report(
-    recipe: tyro.conf.Positional[str] = "demo:progressive", *, out: str = "runs/demo", clips: str | None = None
-) -> dict[str, Any]:
+def report(out: tyro.conf.Positional[str] = "runs/demo") -> dict[str, Any]:
     """Write summary, pictures and report of a finished progression again.
 
-    Example: vmae2 report demo:progressive --out runs/demo
+    Example: vmae2 report runs/demo
 
     Args:
-        recipe: the progression that was launched.
-        out: its folder.
-        clips: the folder of videos it was launched with.
+        out: the folder of the progression.
     """
-    arguments = ["--out", out] + (["--clips", clips] if clips else [])
-    return launch([recipe, *arguments])
+    from .report import missing, write_report
+    from .train.progression import PLAN, finished
+
+    plan = Path(out) / PLAN
+    if not plan.is_file():
+        raise ValueError(f"{plan}: no progression was launched into this folder")
+    run = dataclasses.replace(load(plan), out=out)
+    summary = write_report(run, finished(run))
+    if missing():
+        raise ValueError(f"the report needs {', '.join(missing())}: pip install 'vmae2_fast[report]'")
+    print(f"wrote {Path(out) / 'report.html'}")
+    return summary
 
 
 COMMANDS: dict[str, Callable[..., Any]] = {
@@ -309,7 +347,13 @@ def _dispatch(arguments: list[str]) -> Any:
         from .config import unknown
 
         raise ValueError(unknown("command", arguments[0], ["launch", *COMMANDS]))
-    return tyro.cli(COMMANDS[arguments[0]], args=arguments[1:], prog=f"vmae2 {arguments[0]}")
+    command = COMMANDS[arguments[0]]
+
+    @functools.wraps(command)
+    def bound(*args: Any, **kwargs: Any) -> Any:
+        return functools.partial(command, *args, **kwargs)  # parsed first, run after: only parsing is captured
+
+    return parse(bound, arguments[1:], f"vmae2 {arguments[0]}")()
 
 
 def _usage() -> str:

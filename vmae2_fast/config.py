@@ -17,16 +17,24 @@ from pathlib import Path
 from typing import Any, Literal, Union
 
 
-def _require(condition: bool, message: str) -> None:
+def require(condition: bool, message: str) -> None:
+    """Raise ValueError with `message` unless `condition` holds."""
     if not condition:
         raise ValueError(message)
 
 
-def _divisible(name: str, value: int, by: str, unit: int) -> None:
+def divisible(name: str, value: int, by: str, unit: int) -> None:
+    """Raise ValueError naming the nearest valid values unless `unit` (of name `by`) divides `value`."""
     if unit < 1 or value % unit:
         below, above = value // max(unit, 1) * unit, (value // max(unit, 1) + 1) * unit
         near = f"{below} or {above}" if below > 0 else f"{above}"
         raise ValueError(f"{name}={value} is not divisible by {by}={unit}; the nearest valid values are {near}")
+
+
+def _at_least(config: Any, group: str, low: int, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        require(value is None or value >= low, f"{group}.{name}={value}: must be at least {low}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +115,9 @@ class SourceConfig:
     template: str | None = None
     """Frame file template of raw-frame sources, for example `img_{:05}.jpg`."""
 
+    def __post_init__(self) -> None:
+        _at_least(self, "source", 1, "stride")
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
@@ -133,6 +144,12 @@ class DataConfig:
     max_bad_rate: float = 0.5
     """Stop when more than this share of the clips had to be replaced."""
 
+    def __post_init__(self) -> None:
+        _at_least(self, "data", 1, "stride", "views", "workers", "prefetch")
+        _at_least(self, "data", 0, "cache_mb", "max_attempts")
+        rate = self.max_bad_rate
+        require(0 < rate <= 1, f"data.max_bad_rate={rate}: must lie above 0 and be at most 1")
+
 
 @dataclass(frozen=True, kw_only=True)
 class ViewsConfig:
@@ -141,6 +158,9 @@ class ViewsConfig:
     segments: int = 5
     crops: int = 3
     batch: int = 16
+
+    def __post_init__(self) -> None:
+        _at_least(self, "views", 1, "segments", "crops", "batch")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,6 +181,14 @@ class OptimConfig:
     layer_decay: float = 1.0
     clip_grad: float | None = None
     """Global gradient norm above which gradients are scaled down."""
+
+    def __post_init__(self) -> None:
+        names = ("lr", "lr_batch", "min_lr", "warmup_epochs", "eps", "weight_decay", "weight_decay_end")
+        _at_least(self, "optim", 0, *names)
+        require(all(0 <= beta < 1 for beta in self.betas), f"optim.betas={self.betas}: both must lie in [0, 1)")
+        require(0 < self.layer_decay <= 1, f"optim.layer_decay={self.layer_decay}: must lie above 0 and be at most 1")
+        clip = self.clip_grad
+        require(clip is None or clip > 0, f"optim.clip_grad={clip}: must be above 0, or None for no clipping")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,6 +212,11 @@ class TrainConfig:
     validate_every: int = 0
     """Epochs between two validations; 0: only at the end."""
 
+    def __post_init__(self) -> None:
+        names = ("epochs", "global_batch", "micro_batch", "threads", "checkpoint_every", "keep_checkpoints", "log_every")
+        _at_least(self, "train", 1, *names)
+        _at_least(self, "train", 0, "validate_every")
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
@@ -205,11 +238,10 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         train = self.train
-        _require(train.global_batch >= 1, f"train.global_batch must be at least 1, got {train.global_batch}")
-        _divisible("train.global_batch", train.global_batch, "data.views", self.data.views)
+        divisible("train.global_batch", train.global_batch, "data.views", self.data.views)
         if train.micro_batch is not None:
-            _divisible("train.global_batch", train.global_batch, "train.micro_batch", train.micro_batch)
-            _divisible("train.micro_batch", train.micro_batch, "data.views", self.data.views)
+            divisible("train.global_batch", train.global_batch, "train.micro_batch", train.micro_batch)
+            divisible("train.micro_batch", train.micro_batch, "data.views", self.data.views)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,6 +259,10 @@ class ClassifyConfig(RunConfig):
     label_smoothing: float = 0.1
     views: ViewsConfig = field(default_factory=ViewsConfig)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(0 <= self.label_smoothing < 1, f"label_smoothing={self.label_smoothing}: must lie in [0, 1)")
+
 
 @dataclass(frozen=True, kw_only=True)
 class DistillConfig(RunConfig):
@@ -238,6 +274,11 @@ class DistillConfig(RunConfig):
     label_weight: float = 0.0
     """Weight of the cross-entropy with the true label beside the KL term."""
     views: ViewsConfig = field(default_factory=ViewsConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.temperature > 0, f"temperature={self.temperature}: must be above 0")
+        require(self.label_weight >= 0, f"label_weight={self.label_weight}: must be at least 0")
 
 
 Stage = PretrainConfig | ClassifyConfig | DistillConfig
@@ -254,6 +295,10 @@ class PrepareConfig:
     scale: float = 1.0
     """Number of scenes as a multiple of the demo's."""
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        _at_least(self, "prepare", 1, "size")
+        require(self.scale > 0, f"prepare.scale={self.scale}: must be above 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -297,41 +342,64 @@ def to_dict(config: Any) -> dict[str, Any]:
     return out
 
 
-def from_dict(data: dict[str, Any], cls: type | None = None) -> Any:
-    """The inverse of `to_dict`. Raises ValueError naming an unknown or missing key."""
+def from_dict(data: Any, cls: type | None = None) -> Any:
+    """The inverse of `to_dict`. Raises ValueError naming an unknown or missing key, or one with a value of another type."""
+    where = "a configuration" if cls is None else cls.__name__
+    require(isinstance(data, dict), f"{where} must be an object, got {data!r}")
     data = dict(data)
     kind = data.pop("kind", None)
     if kind is not None:
-        _require(kind in KINDS, unknown("config kind", str(kind), list(KINDS)))
+        require(isinstance(kind, str) and kind in KINDS, unknown("config kind", str(kind), list(KINDS)))
+        require(cls is None or cls is KINDS[kind], f"kind: {where} was expected, got {kind!r}")
         cls = KINDS[kind]
-    assert cls is not None
+    if cls is None:
+        raise ValueError(f"missing key 'kind'; there are: {', '.join(sorted(KINDS))}")
     hints = typing.get_type_hints(cls)
-    names = [f.name for f in dataclasses.fields(cls)]
+    fields = {f.name: f for f in dataclasses.fields(cls)}
     for key in data:
-        _require(key in names, f"{cls.__name__}: {unknown('key', key, names)}")
-    values = {key: _decode(value, hints[key]) for key, value in data.items()}
-    try:
-        return cls(**values)
-    except TypeError as error:
-        raise ValueError(f"{cls.__name__}: {error}") from error
+        require(key in fields, f"{cls.__name__}: {unknown('key', str(key), list(fields))}")
+    for key, f in fields.items():
+        optional = f.default is not dataclasses.MISSING or f.default_factory is not dataclasses.MISSING
+        require(optional or key in data, f"{cls.__name__}: missing key {key!r}")
+    return cls(**{key: _decode(f"{cls.__name__}.{key}", value, hints[key]) for key, value in data.items()})
 
 
-def _decode(value: Any, hint: Any) -> Any:
-    origin = typing.get_origin(hint)
+_PLAIN: dict[Any, tuple[tuple[type, ...], str]] = {
+    bool: ((bool,), "true or false"),
+    int: ((int,), "a whole number"),
+    float: ((int, float), "a number"),
+    str: ((str,), "a string"),
+}
+
+
+def _decode(name: str, value: Any, hint: Any) -> Any:
+    """A JSON value as the type `hint` asks for: a union of dataclasses or X | None, Literal, tuple, dataclass, plain."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (Union, types.UnionType):
-        if value is None:
+        options = [a for a in arguments if a is not type(None)]
+        if value is None and len(options) < len(arguments):
             return None
-        options = [a for a in typing.get_args(hint) if a is not type(None)]
-        return (
-            _decode(value, options[0])
-            if isinstance(value, list) or len(options) == 1
-            else (from_dict(value) if isinstance(value, dict) else value)
-        )
-    if isinstance(value, dict) and dataclasses.is_dataclass(hint):
+        if len(options) == 1:
+            return _decode(name, value, options[0])
+        require(isinstance(value, dict), f"{name}: must be an object, got {value!r}")
+        decoded = from_dict(value)
+        kinds = [option.__name__ for option in options]
+        require(type(decoded) in options, f"{name}: must be one of {', '.join(kinds)}, got {type(decoded).__name__}")
+        return decoded
+    if origin is Literal:
+        require(value in arguments, f"{name}: must be one of {', '.join(map(repr, arguments))}, got {value!r}")
+        return value
+    if origin is tuple:
+        require(isinstance(value, (list, tuple)), f"{name}: must be a list, got {value!r}")
+        count = None if arguments[-1] is Ellipsis else len(arguments)
+        require(count is None or len(value) == count, f"{name}: must be a list of {count}, got {value!r}")
+        return tuple(_decode(name, item, arguments[0 if count is None else i]) for i, item in enumerate(value))
+    if dataclasses.is_dataclass(hint):
+        require(isinstance(value, dict), f"{name}: must be an object, got {value!r}")
         return from_dict(value, hint)  # type: ignore[arg-type]
-    if isinstance(value, list):
-        inner = typing.get_args(hint)[0] if typing.get_args(hint) else None
-        return tuple(_decode(v, inner) for v in value)
+    allowed, words = _PLAIN[hint]
+    # by exact type: a bool is an int to Python, not to whoever writes a configuration
+    require(type(value) in allowed, f"{name}: must be {words}, got {value!r}")
     return value
 
 

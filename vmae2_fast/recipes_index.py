@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import inspect
 import pkgutil
+import sys
 import typing
 from collections.abc import Callable
 from pathlib import Path
@@ -60,12 +61,15 @@ def find(name: str) -> Recipe:
 def _from_file(path: Path, function: str) -> Recipe:
     if not path.is_file():
         raise ValueError(f"{path}: no such recipe file")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    spec = importlib.util.spec_from_file_location(f"vmae2_recipe_{path.stem}", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[module.__name__] = module  # dataclasses of the file look their annotations up there
     spec.loader.exec_module(module)
     found = _in_module(module)
+    if not found:
+        raise ValueError(f"{path}: no function says by its return annotation that it returns one of {', '.join(KINDS)}")
     if function not in found:
         raise ValueError(f"{path}: {unknown('recipe', function, list(found))}")
     return found[function]
@@ -83,11 +87,11 @@ def listing() -> str:
     return "\n".join(f"  {row['name']:<{width}}  {row['about']}" for row in rows)
 
 
-def override(run: Stage | Progression, arguments: list[str], prog: str) -> Any:
+def override(run: Stage | Progression, arguments: list[str], prog: str, parse: Callable[..., Any]) -> Any:
     """`run` with flags applied: `--optim.lr 3e-4`, for a stage of a progression `--STAGE.optim.lr 3e-4`."""
     if not isinstance(run, Progression):
-        return tyro.cli(tyro.conf.AvoidSubcommands[type(run)], default=run, args=arguments, prog=prog)  # type: ignore[misc]
+        return parse(tyro.conf.AvoidSubcommands[type(run)], arguments, prog, default=run)  # type: ignore[misc]
     fields: list[Any] = [(stage.name, type(stage), dataclasses.field(default=stage)) for stage in run.stages]
     stages = dataclasses.make_dataclass("Stages", fields, frozen=True, kw_only=True)
-    changed = tyro.cli(tyro.conf.AvoidSubcommands[stages], args=arguments, prog=prog)  # type: ignore[misc, valid-type]
+    changed = parse(tyro.conf.AvoidSubcommands[stages], arguments, prog)  # type: ignore[misc, valid-type]
     return dataclasses.replace(run, stages=tuple(getattr(changed, stage.name) for stage in run.stages))

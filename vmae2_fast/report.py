@@ -62,7 +62,6 @@ def summarise(progression: Progression, results: dict[str, dict[str, Any]]) -> d
         flat = dict(results[stage.name])
         flat = {**(flat.pop("validation", None) or {}), **flat}
         if isinstance(stage, ClassifyConfig | DistillConfig):
-            summary.setdefault("chance", 1.0 / stage.model.num_classes)
             summary["chance"] = 1.0 / stage.model.num_classes
         if stage.name == "finetune" and "top1" in flat:
             flat["top1_shuffled"] = _shuffled_top1(resolved(stage, out))

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import wave
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
 
-from vmae2_fast.data import DecodeError, decode_video, probe
+from vmae2_fast.data import DecodeError, decode, decode_video, prepare, probe
 from vmae2_fast.data.decode import VIDEO_SUFFIXES, FrameCache, decode_image, decode_images
 
 FRAMES = 40
@@ -55,6 +56,44 @@ def test_unusable_files_are_named(clips, name):
     assert caught.value.path == path
     assert str(caught.value).startswith(path)
     assert caught.value.reason
+
+
+@pytest.mark.parametrize("name", ["sound.wav", "sound.png"])
+def test_sound_alone_holds_no_video_stream(tmp_path, name):
+    with wave.open(str(tmp_path / name), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(8000)
+        file.writeframes(bytes(1600))
+    read = decode_image if name.endswith(".png") else probe
+    with pytest.raises(DecodeError, match=rf"{name}: holds no video stream"):
+        read(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("fault", [TypeError, IndexError, KeyError, MemoryError])
+def test_a_fault_of_this_program_is_no_damaged_clip(clips, monkeypatch, fault):
+    def fails(*arguments):
+        raise fault("ours")
+
+    monkeypatch.setattr(decode, "_to_rgb", fails)
+    with pytest.raises(fault, match="ours"):
+        decode_video(str(clips / "good" / "gop12.mp4"), np.arange(2))
+
+
+def test_small_copies_are_made_in_chunks(clips, monkeypatch):
+    """Of a long video only a chunk is held at full size, and the copy is what one chunk would have given."""
+    path, sizes = clips / "good" / "gop12.mp4", []
+
+    def counted(name, ids):
+        sizes.append(len(ids))
+        return decode_video(name, ids)
+
+    monkeypatch.setattr(prepare, "decode_video", counted)
+    copy = prepare._small_copy(path, 32)
+    assert sizes == [32, 8]
+    assert copy.shape == (FRAMES, 32, 42, 3)
+    monkeypatch.setattr(prepare, "_CHUNK", 300)
+    np.testing.assert_array_equal(copy, prepare._small_copy(path, 32))
 
 
 def test_frames_beyond_the_end_are_an_error(clips):

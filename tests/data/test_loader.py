@@ -14,6 +14,9 @@ import torch
 from vmae2_fast.config import DataConfig, SourceConfig
 from vmae2_fast.data import BadDataError, EvaluationLoader, ManifestError, VideoLoader
 from vmae2_fast.data import loader as loader_module
+from vmae2_fast.data.decode import decode_video
+from vmae2_fast.data.plan import cut
+from vmae2_fast.data.sampling import Purpose, counter_rng
 
 FRAMES = 40
 
@@ -194,13 +197,39 @@ def test_bad_clips_are_replaced_and_named_once(damaged, tmp_path):
     assert len(log.read_text().splitlines()) == 3
 
 
+def test_a_replacement_is_drawn_from_its_own_epoch_and_attempt(damaged):
+    """Attempt k at a position draws one of the epoch's ten clips, its frames and its window from the streams of k."""
+    good = {0, 4, 8}
+    for i in set(range(10)) - good:
+        (damaged / "v" / f"clip {i}.mp4").write_bytes(b"")
+    loader = _loader(damaged, "v", steps=8, max_bad_rate=1.0, max_attempts=100)
+    attempts = {}
+    for batch in loader:
+        for clip, position, path in zip(batch.clip, batch.position.tolist(), batch.paths):
+            epoch, attempt = position // 10, 0
+            drawn = [loader.mixture.record(position)[1]]
+            while drawn[-1] not in good:
+                attempt += 1
+                rng = counter_rng(11, epoch, position, 0, Purpose.REPLACEMENT, attempt)
+                drawn.append(loader.mixture.record(10 * epoch + rng.randint(10))[1])
+            attempts[position] = attempt
+            assert path == str(damaged / "v" / f"clip {drawn[-1]}.mp4")
+            failed = [r.path for r in batch.replaced if r.position == position]
+            assert failed == [str(damaged / "v" / f"clip {i}.mp4") for i in drawn[:-1]]
+            frames = decode_video(path, loader.planner.frame_ids(FRAMES, 2, epoch, position, attempt))
+            (window,) = loader.planner.windows(48, 64, epoch, position, attempt)
+            assert torch.equal(clip, cut(torch.from_numpy(frames), window, 32))
+    for epoch in range(4):
+        assert max(attempts[p] for p in range(10 * epoch, 10 * epoch + 10)) >= 2, "the case needs a second attempt"
+
+
 def test_a_broken_source_stops_the_run(damaged):
     for i in range(10):
         (damaged / "v" / f"clip {i}.mp4").write_bytes(bytes(1000))
     with pytest.raises(BadDataError, match=r"no clip found for position \d+ in 9 attempts; last: .*clip \d.mp4: "):
         list(_loader(damaged, "v"))
     assert not _threads()
-    loader = _loader(damaged, steps=None, max_bad_rate=0.3, max_attempts=500)
+    loader = _loader(damaged, steps=20, max_bad_rate=0.3, max_attempts=500)
     message = r"of 3\d clips could not be decoded, more than data.max_bad_rate=0.3 allows; for example .*mp4"
     with pytest.raises(BadDataError, match=message):
         list(loader)

@@ -142,6 +142,13 @@ def _by_environment(monkeypatch, toml, sources):
         (('"frames"', '"stills"'), {"name": "stills"}, "unknown kind 'stills'"),
         (('img_{:05}', 'img'), {"name": "stills"}, "template 'img.jpg' must hold one number"),
         (('root = "v"', 'root = "w"'), {"name": "videos"}, "root folder .*w does not exist"),
+        *((('root = "v"', f'root = "v"\n{key} = 3'), {"name": "videos"},
+           rf"datasets\.toml: \[videos\]: {key} must be a string, got 3")
+          for key in ("test", "labels", "template", "kind", "format")),
+        (('root = "v"', 'root = ["v"]'), {"name": "videos"}, r"\[videos\]: root must be a string, got \['v'\]"),
+        (('train = "train.csv"', 'train = true'), {"name": "videos"}, r"\[videos\]: train must be a string, got True"),
+        (('val = "val.csv"', 'val = {}'), {"name": "videos"}, r"\[videos\]: val must be a string, got \{\}"),
+        (('stride = 2', 'stride = true'), {"name": "videos"}, "stride must be a positive whole number, got True"),
         (('root = "v"', 'root = '), {"name": "videos"}, "not valid TOML"),
         (("", ""), {"name": "videos", "weight": 0.0}, "weight must be positive"),
         (('"names.txt"', '"names.txt"\nclasses = 3'), {"name": "stills"}, "classes = 3, but names.txt names 2"),

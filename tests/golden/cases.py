@@ -51,7 +51,8 @@ def named(data: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 def gated_in_bf16(name: str) -> bool:
     """The golden README: cosine attention and raw targets are ill-conditioned in bf16."""
-    return not (MODELS[name]["config"].get("cos") or "_cos" in name or "rawtarget" in name)
+    config = MODELS[name]["config"]
+    return not config["cos"] and config.get("norm", True)
 
 
 def pretrain_model(name: str) -> torch.nn.Module:

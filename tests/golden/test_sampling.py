@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from tests.golden.support import golden_root
 from vmae2_fast.data import sampling
 
-GOLDEN = Path(os.environ.get("VMAE2_GOLDEN") or Path(__file__).parents[1] / "data" / "golden")
-FILE = GOLDEN / "parity" / "meta" / "sampling.json"
-RECORDED: dict[str, Any] = json.loads(FILE.read_text()) if FILE.exists() else {}
+FILE = golden_root() / "parity" / "meta" / "sampling.json"
+RECORDED: dict[str, Any] = json.loads(FILE.read_text()) if FILE.is_file() else {}
 
 
 def _rng(case: dict[str, Any]) -> np.random.RandomState | None:

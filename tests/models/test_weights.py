@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
-import pickle
 import sys
 import types
 
@@ -14,26 +11,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from tests.models.tiny import DECODER, SHAPE, classify, clips, pretrain
+from tests.models.tiny import DECODER, SHAPE, classify, clips, equal, official, pretrain, state_of
 from vmae2_fast.models import build_model, convert_weights, create_model, load_weights, save_weights
 from vmae2_fast.models.weights import label_map
-
-
-def state_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {key: value.clone() for key, value in model.state_dict().items()}
-
-
-def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
-
-
-def official(model: torch.nn.Module, path, **more) -> None:
-    """A file as the official scripts write it: optimiser state, epoch, the command line as a Namespace."""
-    content = {
-        "model": model.state_dict(),
-        "optimizer": {"state": {0: {"step": torch.tensor(3.0)}}, "param_groups": [{"lr": 0.1}]},
-    }
-    torch.save({**content, "epoch": 3, "args": argparse.Namespace(lr=0.1, betas=(0.9, 0.95)), **more}, path)
 
 
 @pytest.mark.parametrize("make", [pretrain, classify])
@@ -203,65 +183,6 @@ def test_another_architecture(saved, model, message, tmp_path):
         load_weights(model(), tmp_path / "w.safetensors")
 
 
-class Hostile:
-    def __reduce__(self):
-        return os.mkdir, ("pwned",)
-
-
-@pytest.mark.parametrize(
-    "write",
-    [
-        lambda path: torch.save({"model": {"a": torch.ones(1)}, "args": Hostile()}, path),
-        lambda path: path.write_bytes(pickle.dumps(Hostile())),
-        lambda path: torch.save({"model": Hostile()}, path, _use_new_zipfile_serialization=False),
-    ],
-    ids=["zip", "bare pickle", "old format"],
-)
-def test_hostile_pickle_is_refused(write, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    write(tmp_path / "evil.pth")
-    with pytest.raises(ValueError, match=r"evil\.pth: (refused|not a readable)"):
-        load_weights(classify(), tmp_path / "evil.pth")
-    assert not (tmp_path / "pwned").exists()
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("w.pth", b"", "not a readable|refused"),
-        ("w.pth", b"PK\x03\x04garbage", "not a readable|refused"),
-        ("w.safetensors", b"\x08\x00\x00\x00\x00\x00\x00\x00garbage!", "not a readable safetensors file"),
-        ("w.safetensors", b"", "not a readable safetensors file"),
-    ],
-)
-def test_damaged_files_are_named(name, content, message, tmp_path):
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match=message) as caught:
-        load_weights(classify(), tmp_path / name)
-    assert name in str(caught.value)
-
-
-def test_truncated_files_are_named(tmp_path):
-    official(pretrain(), tmp_path / "a.pth")
-    save_weights(pretrain(), tmp_path / "b.safetensors")
-    for name in ("a.pth", "b.safetensors"):
-        whole = (tmp_path / name).read_bytes()
-        (tmp_path / name).write_bytes(whole[: len(whole) // 2])
-        with pytest.raises(ValueError, match=name):
-            load_weights(pretrain(), tmp_path / name)
-
-
-def test_no_tensors_no_file_no_choice(tmp_path):
-    torch.save({"epoch": 3}, tmp_path / "empty.pth")
-    with pytest.raises(ValueError, match="holds no tensors"):
-        load_weights(classify(), tmp_path / "empty.pth")
-    with pytest.raises(ValueError, match="no such checkpoint"):
-        load_weights(classify(), tmp_path / "absent.pth")
-    torch.save({}, tmp_path / "second.pth")
-    with pytest.raises(ValueError, match=r"exactly one checkpoint file.*found empty\.pth, second\.pth"):
-        load_weights(classify(), tmp_path)
-
-
 def test_saving_is_all_or_nothing(tmp_path, monkeypatch):
     path = tmp_path / "weights.safetensors"
     first = pretrain()
@@ -310,6 +231,15 @@ def test_conversion_keeps_our_header_and_shared_tensors(tmp_path):
 def test_conversion_to_an_unknown_ending(tmp_path):
     with pytest.raises(ValueError, match=r"must end in \.safetensors, \.pth or \.pt"):
         convert_weights(tmp_path / "a.pth", tmp_path / "b.onnx")
+
+
+@pytest.mark.parametrize("name", ["b.safetensors", "b.pth"])
+def test_conversion_into_a_missing_folder_names_it(name, tmp_path):
+    official(pretrain(), tmp_path / "a.pth")
+    with pytest.raises(ValueError, match=rf"absent/{name}: the folder .*absent does not exist") as caught:
+        convert_weights(tmp_path / "a.pth", tmp_path / "absent" / name)
+    assert f".{name}" not in str(caught.value)
+    assert not (tmp_path / "absent").exists()
 
 
 def hugging_face_folder(path, model, config: dict, **names) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from typing import Any
 
 import torch
@@ -34,3 +35,20 @@ def clips(batch: int = 2, frames: int = 8, size: int = 32, channels: int = 3) ->
 def mask(model: PretrainViT, batch: int = 2, **arguments: Any) -> DualMask:
     position = torch.arange(batch)
     return dual_mask(position, torch.zeros_like(position), grid=model.grid, seed=0, **{"encoder_ratio": 0.75} | arguments)
+
+
+def state_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {key: value.clone() for key, value in model.state_dict().items()}
+
+
+def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def official(model: torch.nn.Module, path, **more) -> None:
+    """A file as the official scripts write it: optimiser state, epoch, the command line as a Namespace."""
+    content = {
+        "model": model.state_dict(),
+        "optimizer": {"state": {0: {"step": torch.tensor(3.0)}}, "param_groups": [{"lr": 0.1}]},
+    }
+    torch.save({**content, "epoch": 3, "args": argparse.Namespace(lr=0.1, betas=(0.9, 0.95)), **more}, path)

@@ -76,6 +76,39 @@ def test_demo_leaves_weights_metrics_pictures_and_report(tmp_path: Path, capsys:
     assert again["finetune"] == summary["finetune"]
 
 
+def test_report_and_restart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "demo"
+    launch("demo:progressive", "--smoke", "--until", "finetune", "--out", str(out), capsys=capsys)
+    with pytest.raises(SystemExit):
+        cli.main(["report", str(out)])
+    assert "scratch: this stage has not finished" in capsys.readouterr().err
+    summary = launch("demo:progressive", "--smoke", "--out", str(out), capsys=capsys)
+    (out / "report.html").unlink()
+    done = (out / "finetune" / "done.json").stat().st_mtime_ns
+    cli.main(["report", str(out), "--json"])
+    again = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert again["finetune"] == summary["finetune"]
+    assert (out / "report.html").exists()
+    assert done == (out / "finetune" / "done.json").stat().st_mtime_ns  # nothing was trained
+
+    changed = ["demo:progressive", "--smoke", "--out", str(out), "--finetune.seed", "7"]
+    with pytest.raises(SystemExit):
+        cli.main(["launch", *changed])
+    assert "--restart" in capsys.readouterr().err
+    launch(*changed, "--from", "finetune", "--until", "finetune", "--restart", capsys=capsys)
+    with pytest.raises(SystemExit):  # the student learned from the teacher that is gone
+        cli.main(["launch", *changed])
+    assert "teacher_weights changed since this run began" in capsys.readouterr().err
+
+
+def test_a_label_out_of_range_is_found_before_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "demo"
+    with pytest.raises(SystemExit):
+        cli.main(["launch", "demo:progressive", "--smoke", "--out", str(out), "--post_pretrain.model.num-classes", "5"])
+    assert "has label 5, but the model has classes 0..4" in capsys.readouterr().err
+    assert not (out / "post_pretrain").exists()  # a run that could not begin leaves nothing
+
+
 def test_demo_killed_in_the_middle_ends_with_the_same_bits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "vmae2_fast", "launch", "demo:progressive", "--smoke", "--out", str(tmp_path / "killed")]

@@ -77,12 +77,12 @@ def test_missing_truncated_or_foreign_files_are_found(tmp_path, harm):
         (directory / "model.pt").write_bytes(pickle.dumps({"weights": 1}))
         manifest["model.pt"] = manifest.pop("model.safetensors")
         (directory / ck.MANIFEST).write_text(json.dumps(manifest))
-        (directory / ck.COMMITTED).write_text(ck._sha256(directory / ck.MANIFEST))
+        (directory / ck.COMMITTED).write_text(ck.sha256(directory / ck.MANIFEST))
     with pytest.raises(ck.CheckpointError, match="start the run over with resume=False"):
         ck.newest_intact(tmp_path)
 
 
-def test_uncommitted_directories_are_ignored_and_cleaned(tmp_path):
+def test_uncommitted_directories_are_ignored_and_cleaned(tmp_path, capsys):
     model, optimizer = _trained()
     directory = ck.save_checkpoint(tmp_path, 2, model, optimizer, {})
     half = tmp_path / "step-00000009"
@@ -91,7 +91,9 @@ def test_uncommitted_directories_are_ignored_and_cleaned(tmp_path):
     (tmp_path / ".tmp-abc").mkdir()
     ck.clean(tmp_path)
     assert ck.newest_intact(tmp_path) == directory
-    assert not list(tmp_path.glob(".tmp-*"))
+    assert ck.committed(tmp_path) == [directory]
+    assert sorted(os.listdir(tmp_path)) == ["step-00000002", "step-00000009"]
+    assert capsys.readouterr().err == ""  # never a checkpoint, so not a damaged one either
 
 
 def test_keeps_the_newest(tmp_path):
@@ -99,6 +101,40 @@ def test_keeps_the_newest(tmp_path):
     for step in range(1, 6):
         ck.save_checkpoint(tmp_path, step, model, optimizer, {}, keep=2)
     assert sorted(os.listdir(tmp_path)) == ["step-00000004", "step-00000005"]
+
+
+def test_a_directory_without_the_marker_does_not_count_among_the_kept(tmp_path):
+    model, optimizer = _trained()
+    (tmp_path / "step-00000009").mkdir()
+    for step in range(1, 4):
+        ck.save_checkpoint(tmp_path, step, model, optimizer, {}, keep=2)
+    assert [p.name for p in ck.committed(tmp_path)] == ["step-00000002", "step-00000003"]
+
+
+def test_every_file_is_on_disk_before_the_rename_commits_it(tmp_path, monkeypatch):
+    model, optimizer = _trained()
+    fsync, replace, events = os.fsync, os.replace, []
+
+    def syncing(descriptor):
+        events.append(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    def replacing(source, target):
+        events.append("renamed")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", syncing)
+    monkeypatch.setattr(os, "replace", replacing)
+    directory = ck.save_checkpoint(tmp_path, 2, model, optimizer, {})
+    committed = events.index("renamed")
+    before, after = events[:committed], events[committed:]
+    inodes = {path.name: path.stat().st_ino for path in directory.iterdir()}
+    assert sorted(inodes) == sorted([*ck.TENSOR_FILES, ck.STATE, ck.MANIFEST, ck.COMMITTED])
+    assert {name for name, inode in inodes.items() if inode not in before} == set()
+    assert directory.stat().st_ino in before
+    # the marker vouches for the others: it must not reach the disk ahead of them
+    assert max(before.index(inode) for inode in inodes.values()) == before.index(inodes[ck.COMMITTED])
+    assert tmp_path.stat().st_ino in after
 
 
 def test_another_architecture_is_one_clear_error_and_changes_nothing(tmp_path):

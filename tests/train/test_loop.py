@@ -72,7 +72,7 @@ def test_pretrain_run_leaves_what_it_promises(clips, tmp_path):
     assert summary["last_loss"] < 0.97 * summary["first_loss"]
     run = Path(summary["directory"])
     assert sorted(os.listdir(run)) == [
-        "checkpoints", "config.json", "done.json", "environment.json", "metrics.jsonl", "weights.safetensors"
+        "checkpoints", "config.json", "done.json", "environment.json", "inputs.json", "metrics.jsonl", "weights.safetensors"
     ]  # fmt: skip
     assert json.loads((run / "done.json").read_text()) == summary
     assert sorted(os.listdir(run / "checkpoints")) == ["step-00000036", "step-00000040"]
@@ -83,6 +83,37 @@ def test_pretrain_run_leaves_what_it_promises(clips, tmp_path):
     validation = read_metrics(run / "metrics.jsonl", "validation")
     assert [e["step"] for e in validation] == [40]
     assert validation[0]["ratio_to_zero_predictor"] == summary["validation"]["ratio_to_zero_predictor"]
+
+
+def test_training_goes_on_in_training_mode_after_a_validation(clips, tmp_path, monkeypatch):
+    config = tiny.with_train(tiny.classify_config(clips, tmp_path), epochs=3, validate_every=1)
+    original, modes = loop.accumulate, []
+
+    def accumulating(task, *args):
+        modes.append({m.training for m in task.model.modules()})
+        return original(task, *args)
+
+    monkeypatch.setattr(loop, "accumulate", accumulating)
+    summary = train(config)
+    assert [e["step"] for e in read_metrics(Path(summary["directory"]) / "metrics.jsonl", "validation")] == [2, 4, 6]
+    assert modes == [{True}] * 6
+
+
+def test_every_step_is_in_one_line_of_the_log(clips, tmp_path, monkeypatch):
+    """Lines at the steps that are logged (5, 10), saved (3, 6, 9), validated (4, 8) and at the last (12), each once."""
+    config = dataclasses.replace(tiny.pretrain_config(clips, tmp_path), validation=tiny.data(clips))
+    config = tiny.with_train(config, log_every=5, checkpoint_every=3, validate_every=2)
+    original, norms = Optimizer.step, {}
+
+    def stepping(self, number, loss):
+        norm, skipped = original(self, number, loss)
+        norms[number + 1] = norm.item()
+        return norm, skipped
+
+    monkeypatch.setattr(Optimizer, "step", stepping)
+    lines = read_metrics(Path(train(config)["directory"]) / "metrics.jsonl")
+    assert [e["step"] for e in lines] == [3, 4, 5, 6, 8, 9, 10, 12]
+    assert [e["grad_norm"] for e in lines] == [norms[e["step"]] for e in lines]
 
 
 def test_a_finished_run_is_not_run_again(clips, tmp_path, monkeypatch):
@@ -130,6 +161,8 @@ def test_a_signal_saves_and_exits(clips, tmp_path, monkeypatch, number):
     assert stop.value.code == 128 + number
     assert signal.getsignal(number) is before
     assert "step-00000007" in os.listdir(tmp_path / "parts" / config.name / "checkpoints")
+    logged = read_metrics(tmp_path / "parts" / config.name / "metrics.jsonl")
+    assert [e["step"] for e in logged] == [2, 4, 6, 7]
     assert _same_weights(whole["weights"], train(config)["weights"])
 
 

@@ -81,6 +81,22 @@ def test_layer_decay_needs_blocks():
         parameter_groups(_model(), 0.05, layer_decay=0.9)
 
 
+def test_layer_decay_shrinks_the_steps_of_early_layers():
+    model = nn.Sequential()
+    for name in ("patch_embed", "blocks", "head"):
+        model.add_module(name, nn.Linear(4, 4) if name != "blocks" else nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)))
+    optimizer = _optimizer(model, layer_decay=0.5, weight_decay=0.0)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    loss = model(torch.linspace(-1, 1, 12).view(3, 4)).square().sum()
+    loss.backward()
+    optimizer.step(5, loss)
+    # AdamW's first step moves every weight by its learning rate, whatever the size of its gradient
+    moved = {n: (p.detach() - before[n]).abs().max().item() / optimizer.lr_at(5) for n, p in model.named_parameters()}
+    for name, scale in {"patch_embed": 1 / 8, "blocks.0": 1 / 4, "blocks.1": 1 / 2, "head": 1.0}.items():
+        assert moved[f"{name}.weight"] == pytest.approx(scale, rel=1e-4)
+        assert moved[f"{name}.bias"] == pytest.approx(scale, rel=1e-4)
+
+
 def test_compile_prefix_does_not_change_the_groups():
     class Masked(nn.Module):
         def __init__(self):

@@ -97,6 +97,9 @@ def _open(path: str) -> tuple[Any, Any]:
     container = av.open(path, metadata_errors="ignore")
     for stream in container.streams.video:
         if not stream.disposition & av.stream.Disposition.attached_pic:
+            if stream.codec_context is None:
+                container.close()
+                raise DecodeError(path, "this FFmpeg has no decoder for its video stream")
             # the loader runs one clip per thread: threads inside a clip would only get in each other's way
             stream.thread_type = "NONE"
             stream.codec_context.thread_count = 1
@@ -178,7 +181,8 @@ def _probe(path: str) -> StreamInfo:
 
 
 def _guarded(path: str, function: Any, *arguments: Any) -> Any:
-    """Call `function`, turning whatever the file makes FFmpeg raise into one DecodeError."""
+    """Call `function`, turning whatever the file makes FFmpeg raise into one DecodeError. Other errors are faults of this
+    program and stay what they are: a clip must not be counted as corrupt for them."""
     av = _av()
     try:
         return function(path, *arguments)
@@ -186,7 +190,7 @@ def _guarded(path: str, function: Any, *arguments: Any) -> Any:
         raise
     except (av.FFmpegError, OSError) as error:
         raise DecodeError(path, error.strerror or type(error).__name__) from error
-    except (ValueError, TypeError, IndexError, MemoryError, OverflowError) as error:
+    except ValueError as error:
         raise DecodeError(path, f"{type(error).__name__}: {error}") from error
 
 
@@ -311,8 +315,9 @@ def _decode_image(path: str) -> np.ndarray:
             codec = _local.jpeg = av.CodecContext.create("mjpeg", "r")
         frames = codec.decode(av.Packet(data))
     else:
-        with av.open(path) as container:
-            frames = list(_frames(container, container.streams.video[0]))
+        container, stream = _open(path)
+        with container:
+            frames = list(_frames(container, stream))
     if not frames or frames[0].is_corrupt:
         raise DecodeError(path, "damaged image")
     return _to_rgb(frames[0])

@@ -43,6 +43,7 @@ else:
 
 _COLUMNS = {"pretrain": ("path", "start", "total"), "video": ("path", "label"), "frames": ("path", "total", "label")}
 _KEYS = ("root", "train", "val", "test", "kind", "format", "template", "stride", "classes", "labels")
+_NUMBERS = ("stride", "classes")
 _SPLITS = ("train", "val", "test")
 
 
@@ -200,12 +201,15 @@ def read_datasets(path: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
         for key in table:
             if key not in _KEYS:
                 raise ManifestError(f"{path}: [{name}]: {unknown('key', key, list(_KEYS))}")
-        for key, kinds in (("stride", int), ("classes", int)):
-            if key in table and not (isinstance(table[key], kinds) and table[key] > 0):
-                raise ManifestError(f"{path}: [{name}]: {key} must be a positive whole number, got {table[key]!r}")
+            value = table[key]
+            if key in _NUMBERS:
+                if type(value) is not int or value < 1:  # a TOML `true` is an int to isinstance
+                    raise ManifestError(f"{path}: [{name}]: {key} must be a positive whole number, got {value!r}")
+            elif not isinstance(value, str):
+                raise ManifestError(f"{path}: [{name}]: {key} must be a string, got {value!r}")
         for key, allowed in (("kind", ("video", "frames")), ("format", ("auto", *_COLUMNS))):
             if key in table and table[key] not in allowed:
-                raise ManifestError(f"{path}: [{name}]: {unknown(key, str(table[key]), list(allowed))}")
+                raise ManifestError(f"{path}: [{name}]: {unknown(key, table[key], list(allowed))}")
     return tables
 
 

@@ -20,6 +20,7 @@ from .decode import VIDEO_SUFFIXES, DecodeError, decode_video, probe
 from .synthetic import SceneSet, source_tables, write_jpegs, write_moving_scenes, write_mp4
 
 _MAX_FRAMES = 300  # of each copy: enough for any demo clip, bounded for hour-long videos
+_CHUNK = 32  # frames held at full size at once: 300 of a 4K video would be 7.5 GB
 
 
 def folder_labels(folder: str | Path) -> dict[str, list[Path]]:
@@ -131,11 +132,15 @@ def _copy_all(work: Path, labels: dict[str, list[Path]], size: int) -> tuple[lis
 
 def _small_copy(path: Path, size: int) -> np.ndarray:
     """The first frames of a video, uint8 [T,h,w,3] with short side `size` (even sides, as 4:2:0 wants)."""
-    frames = torch.from_numpy(decode_video(str(path), np.arange(min(probe(str(path)).num_frames, _MAX_FRAMES))))
-    height, width = frames.shape[1:3]
-    ratio = size / min(height, width)
-    shape = [max(size, 2 * round(side * ratio / 2)) for side in (height, width)]
-    small = [F.interpolate(chunk.permute(0, 3, 1, 2), shape, mode="bilinear", antialias=True) for chunk in frames.split(16)]
+    count = min(probe(str(path)).num_frames, _MAX_FRAMES)
+    small: list[torch.Tensor] = []
+    shape: list[int] = []
+    for first in range(0, count, _CHUNK):
+        frames = torch.from_numpy(decode_video(str(path), np.arange(first, min(first + _CHUNK, count))))
+        if not shape:  # of the first frame: a stream may change its size midway
+            ratio = size / min(frames.shape[1:3])
+            shape = [max(size, 2 * round(side * ratio / 2)) for side in frames.shape[1:3]]
+        small.append(F.interpolate(frames.permute(0, 3, 1, 2), shape, mode="bilinear", antialias=True))
     return torch.cat(small).permute(0, 2, 3, 1).contiguous().numpy()
 
 

@@ -12,6 +12,7 @@ import os
 import pickle
 import re
 import sys
+import warnings
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -115,15 +116,20 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
     if path.name.endswith(".safetensors.index.json"):
         return _read_shards(path)
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's doubts about the pickle protocol: such a file is read or refused
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path) or None)
     except pickle.UnpicklingError as error:
-        reason = str(error).split("\n")[0]
+        asked = re.search(r"\bGLOBAL ([\w.]+)", str(error))
+        what = f" (it asks for {asked[1]})" if asked else ""
+        # without torch's own words, also as a cause: they advise to load the file with the safety off
         raise ValueError(
             f"{path}: refused: this pickle holds more than tensors and plain values, and loading it could run "
-            f"code ({reason}); ask for a safetensors file"
-        ) from error
+            f"code{what}; ask for a safetensors file"
+        ) from None
     except Exception as error:  # torch.load raises many types for a damaged file
+        if "weights_only" in str(error):  # the tar files of torch 0.1, with the same advice
+            raise ValueError(f"{path}: refused: a format torch cannot read safely; ask for a safetensors file") from None
         raise ValueError(f"{path}: not a readable checkpoint: {type(error).__name__}: {error}") from error
     for wrapper in WRAPPERS:
         if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
@@ -136,9 +142,15 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
 
 
 def _read_shards(index: Path) -> dict[str, Tensor]:
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        shards = [os.path.basename(name) for name in names]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{index}: not an index of safetensors files (`weight_map`: tensor -> file): {reason}") from error
     state: dict[str, Tensor] = {}
-    for name in sorted(set(json.loads(index.read_text())["weight_map"].values())):
-        state |= _read_safetensors(index.with_name(os.path.basename(name)))[0]
+    for name in shards:
+        state |= _read_safetensors(index.with_name(name))[0]
     return state
 
 
@@ -171,6 +183,8 @@ def _hugging_face_facts(config_file: Path) -> dict[str, Any]:
         config = json.loads(config_file.read_text())
     except ValueError as error:
         raise ValueError(f"{config_file}: not a readable configuration: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{config_file}: not a readable configuration: must be an object, got {type(config).__name__}")
     if config.get("hidden_act", "gelu") != "gelu":
         raise ValueError(f"{config_file}: hidden_act={config['hidden_act']!r}; these models compute gelu (erf)")
     tubelet, patch = config.get("tubelet_size", 2), config.get("patch_size", 16)

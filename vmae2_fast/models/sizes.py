@@ -10,8 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from .. import config as config_module
-from ..config import ModelConfig
+from ..config import ModelConfig, divisible, require, unknown
 
 
 @dataclass(frozen=True)
@@ -96,7 +95,7 @@ def resolve(config: ModelConfig) -> ModelSpec:
     """Fill in what the name implies. Raises ValueError naming the key for an unknown name (with close matches), a clip
     that is not a whole number of tubelets or patches, a width the heads do not divide, or a value out of range."""
     if config.name not in _NAMES:
-        raise ValueError(config_module.unknown("model", config.name, model_names()))
+        raise ValueError(unknown("model", config.name, model_names()))
     kind, row = _NAMES[config.name]
 
     def given(value: int | None, default: int) -> int:
@@ -123,30 +122,30 @@ def resolve(config: ModelConfig) -> ModelSpec:
         counts |= {"decoder_width": decoder_width, "decoder_depth": config.decoder_depth, "decoder_heads": decoder_heads}
         decoder = StackSpec(decoder_width, config.decoder_depth, decoder_heads, int(decoder_width * decoder_ratio))
     for key, value in counts.items():
-        _check(value >= 1, f"model.{key} must be at least 1, got {value}")
-    _check(
+        require(value >= 1, f"model.{key} must be at least 1, got {value}")
+    require(
         int(width * ratio) >= 1 and (decoder is None or decoder.mlp_hidden >= 1),
         f"model.mlp_ratio={ratio} leaves no hidden units at width {width}",
     )
 
-    _divides(config.frames, config.tubelet, "frames", "tubelet")
-    _divides(config.size, patch, "size", "patch")
-    _divides(width, heads, "width", "heads")
+    divisible("model.frames", config.frames, "model.tubelet", config.tubelet)
+    divisible("model.size", config.size, "model.patch", patch)
+    divisible("model.width", width, "model.heads", heads)
     if decoder is not None:
-        _divides(decoder.width, decoder.heads, "decoder_width", "decoder_heads")
-    _check(config.num_classes >= 0, f"model.num_classes must not be negative, got {config.num_classes}")
+        divisible("model.decoder_width", decoder.width, "model.decoder_heads", decoder.heads)
+    require(config.num_classes >= 0, f"model.num_classes must not be negative, got {config.num_classes}")
     for key, rate in (("drop_path", config.drop_path), ("head_dropout", config.head_dropout)):
-        _check(0 <= rate < 1, f"model.{key} must lie in [0, 1), got {rate}")
+        require(0 <= rate < 1, f"model.{key} must lie in [0, 1), got {rate}")
     for key, values in (("pixel_mean", config.pixel_mean), ("pixel_std", config.pixel_std)):
-        _check(
+        require(
             values is None or len(values) == config.in_chans,
             f"model.{key} needs {config.in_chans} values (model.in_chans), got {values}",
         )
-        _check(
+        require(
             values is not None or config.in_chans == 3,
             f"model.{key} must be given for {config.in_chans} channels: the ImageNet default has 3",
         )
-    _check(
+    require(
         not (config.learnable_positions and kind == "pretrain"),
         "model.learnable_positions is for classification models; pre-training uses the sin-cos table",
     )
@@ -160,17 +159,3 @@ def resolve(config: ModelConfig) -> ModelSpec:
         encoder=StackSpec(width, counts["depth"], heads, int(width * ratio)),
         decoder=decoder,
     )
-
-
-def _check(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
-
-
-def _divides(value: int, unit: int, name: str, unit_name: str) -> None:
-    if value % unit:
-        below, above = value // unit * unit, (value // unit + 1) * unit
-        near = f"{below} or {above}" if below else f"{above}"
-        raise ValueError(
-            f"model.{name}={value} is not a multiple of model.{unit_name}={unit}; the nearest valid values are {near}"
-        )

@@ -255,10 +255,12 @@ def _replace(path: Path, write: Any) -> None:
 def convert_weights(source: str | Path, target: str | Path) -> dict[str, Any]:
     """Rewrite a checkpoint under official names: `target` ending in .safetensors, or in .pth or .pt (an official file
     again, the tensors under `model`). Values and dtypes stay bit for bit. Returns what was written. Raises ValueError
-    for an unreadable source or another ending."""
+    for an unreadable source, another ending, or a target in a folder that does not exist."""
     target = Path(target)
     if target.suffix not in (".safetensors", ".pth", ".pt"):
         raise ValueError(f"{target}: the target must end in .safetensors, .pth or .pt")
+    if not target.parent.is_dir():
+        raise ValueError(f"{target}: the folder {target.parent} does not exist; make it first")
     checkpoint = read_checkpoint(source)
     if target.suffix == ".safetensors":
         _write_safetensors(checkpoint.state, target, {"format": "pt", **checkpoint.metadata})

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..config import RunConfig
 from ..data.loader import Batch, EvaluationLoader, VideoViews
+from ..data.manifest import Source
 from ..models import PretrainViT, VisionTransformer
 
 Config = TypeVar("Config", bound=RunConfig)
@@ -49,6 +50,20 @@ class Task(Generic[Config]):
     def autocast(self) -> AbstractContextManager[Any]:
         """Autocast as `train.precision` asks."""
         return torch.autocast(self.device.type, self.dtype or torch.bfloat16, enabled=self.dtype is not None)
+
+    def needs_labels(self) -> bool:
+        """Whether the loss reads labels, so that every clip must have one."""
+        return False
+
+    def check_labels(self, sources: Iterable[Source]) -> None:
+        """Raises ValueError naming the first clip whose label is missing or out of range, before anything is trained."""
+        if not self.needs_labels():
+            return
+        classes = self.config.model.num_classes
+        for source in sources:
+            labels = source.manifest.labels
+            for index in ((labels < 0) | (labels >= classes)).nonzero()[0][:1]:
+                class_labels(torch.tensor(labels[index : index + 1]), [source.path(source.manifest[int(index)])], classes)
 
     def static_count(self, clips: int) -> float | None:
         """What the loss sum of `clips` clips is divided by, or None where it depends on the batch (see `count`)."""

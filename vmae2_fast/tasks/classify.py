@@ -24,6 +24,9 @@ class ClassifyTask(Task[ClassifyConfig]):
         super().__init__(config, device)
         self.model = build_classifier(config.model, config.name).to(self.device)
 
+    def needs_labels(self) -> bool:
+        return True
+
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         label = class_labels(batch.label, batch.paths, self.config.model.num_classes).to(self.device, non_blocking=True)
         with self.autocast():

@@ -55,6 +55,9 @@ class DistillTask(Task[DistillConfig]):
             load_weights(self.teacher, config.teacher_weights)
         self.teacher.eval().requires_grad_(False)
 
+    def needs_labels(self) -> bool:
+        return self.config.label_weight > 0
+
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         clip = batch.clip.to(self.device, non_blocking=True)
         with self.autocast():

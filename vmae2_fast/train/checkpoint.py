@@ -55,7 +55,8 @@ def write_json(path: Path, value: Any) -> None:
     _sync(path.parent)
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, as hexadecimal digits."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
@@ -102,12 +103,12 @@ def save_checkpoint(
             save_file(tensors, temporary / name)
         (temporary / STATE).write_text(json.dumps({"step": step, **state}, indent=1))
         files = {
-            n: {"bytes": (temporary / n).stat().st_size, "sha256": _sha256(temporary / n)} for n in (*TENSOR_FILES, STATE)
+            n: {"bytes": (temporary / n).stat().st_size, "sha256": sha256(temporary / n)} for n in (*TENSOR_FILES, STATE)
         }
         (temporary / MANIFEST).write_text(json.dumps(files, indent=1))
         for name in (*files, MANIFEST):
             _sync(temporary / name)
-        (temporary / COMMITTED).write_text(_sha256(temporary / MANIFEST))
+        (temporary / COMMITTED).write_text(sha256(temporary / MANIFEST))
         _sync(temporary / COMMITTED)
         _sync(temporary)
         if final.exists():
@@ -147,14 +148,14 @@ def verify(directory: Path) -> None:
         raise CheckpointError(f"{directory}: not a checkpoint directory of vmae2_fast (.pt and .pth pickles are never opened)")
     try:
         marker = (directory / COMMITTED).read_text()
-        if marker != _sha256(directory / MANIFEST):
+        if marker != sha256(directory / MANIFEST):
             raise CheckpointError(f"{directory}: {MANIFEST} does not match {COMMITTED}")
         files = json.loads((directory / MANIFEST).read_text())
         if set(files) != {*TENSOR_FILES, STATE}:
             raise CheckpointError(f"{directory}: holds {sorted(files)}, expected {sorted([*TENSOR_FILES, STATE])}")
         for name, entry in files.items():
             path = directory / name
-            if path.stat().st_size != entry["bytes"] or _sha256(path) != entry["sha256"]:
+            if path.stat().st_size != entry["bytes"] or sha256(path) != entry["sha256"]:
                 raise CheckpointError(f"{path}: damaged (size or SHA-256 differs from {MANIFEST})")
     except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise CheckpointError(f"{directory}: damaged or incomplete checkpoint: {error}") from error

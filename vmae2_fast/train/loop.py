@@ -30,7 +30,7 @@ from ..tasks import Task, create_task
 from .checkpoint import load_checkpoint, newest_intact, save_checkpoint
 from .log import MetricsLog, progress
 from .optim import Optimizer
-from .run_directory import RunDirectory
+from .run_directory import START_OVER, RunDirectory
 
 MAX_SKIPPED = 100
 """Steps in a row that may be skipped for a non-finite loss or gradient before the run stops."""
@@ -58,7 +58,11 @@ def train(
         return summary
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     with _Interrupt() as interrupt, _threads(config.train.threads):
-        trainer = Trainer(config, run, device)
+        try:
+            trainer = Trainer(config, run, device)
+        except BaseException:
+            run.abandon()
+            raise
         trainer.fit(interrupt)
         return trainer.finish()
 
@@ -98,6 +102,9 @@ class Trainer:
             config.data, frames=config.model.frames, size=config.model.size, seed=config.seed, quarantine=run.quarantine,
             clips_per_batch=self.micro_batch // config.data.views,
         )  # fmt: skip
+        self.task.check_labels(self.loader.sources)
+        if config.validation is not None:
+            self.task.check_labels(open_sources(config.validation))
         clips = self.loader.num_clips
         self.steps_per_epoch = clips / self.decodes
         self.total_steps = train.epochs * clips // self.decodes
@@ -116,7 +123,7 @@ class Trainer:
             if self.progress.epoch_clips != clips:
                 raise ValueError(
                     f"{run.path}: an epoch had {self.progress.epoch_clips} clips when this run began and has {clips} now; "
-                    "restore the lists, or start over with resume=False"
+                    f"restore the lists, or {START_OVER}"
                 )
         self.saved_step = self.progress.step if checkpoint is not None else -1
         self.log = MetricsLog(run.metrics)
@@ -140,7 +147,6 @@ class Trainer:
                 last = state.step == self.total_steps
                 if state.step % train.log_every == 0 or last:
                     entry = self._flush()
-                    self.log.write(**entry)
                     bar.set_postfix(loss=entry["loss"], lr=entry["lr"], clips_per_s=entry["clips_per_s"])
                 if validate_every and state.step % validate_every == 0 and not last:
                     self._validate()
@@ -162,7 +168,7 @@ class Trainer:
         state.position += self.decodes
 
     def _flush(self) -> dict[str, Any]:
-        """Read the pending device values in one transfer, update the counters, and return the line for the log."""
+        """Read the pending device values in one transfer, update the counters, and write and return the log's line."""
         state, train = self.progress, self.config.train
         now = time.perf_counter()
         seconds, self.mark = now - self.mark, now
@@ -186,7 +192,7 @@ class Trainer:
             )
         extras = [n for n in names if n not in ("loss", "grad_norm", "skipped")]
         norm = table[-1]["grad_norm"] if table else None
-        return {
+        entry = {
             "kind": "train",
             "step": state.step,
             "epoch": round(state.step / self.steps_per_epoch, 4),
@@ -199,6 +205,8 @@ class Trainer:
             "skipped": state.skipped,
             "replaced": sum(state.replaced.values()),
         }
+        self.log.write(**entry)
+        return entry
 
     def _save(self) -> None:
         if self.progress.step == self.saved_step:

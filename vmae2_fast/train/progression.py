@@ -8,6 +8,7 @@ progression that was killed is simply started again.
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -23,12 +24,17 @@ from ..config import (
     SourceConfig,
     Stage,
     ViewsConfig,
+    save,
 )
 from ..data.prepare import prepare_folder, prepare_scenes
 from ..data.synthetic import CLASSES
+from ..models import resolve
+from ..ops.masks import mask_sizes
 from .loop import train
 
 _HANDED = "stage:"
+PLAN = "progression.json"
+"""The progression as it was run, in its folder: what `vmae2 report` reads."""
 
 
 def weights_of(out: str | Path, stage: str) -> Path:
@@ -45,21 +51,50 @@ def selected(progression: Progression, start: str | None, until: str | None) -> 
     return list(progression.stages[first : last + 1])
 
 
+def check_stage(stage: Stage) -> None:
+    """Raises ValueError if the stage's model, clip size and masks do not fit each other; costs nothing."""
+    spec = resolve(stage.model)
+    if isinstance(stage, PretrainConfig):
+        mask_sizes(spec.grid, **dataclasses.asdict(stage.mask))
+    if isinstance(stage, DistillConfig):
+        resolve(stage.teacher)
+
+
+def finished(progression: Progression) -> dict[str, dict[str, Any]]:
+    """What `run_progression` returned, read from the stages' directories. Raises ValueError naming an unfinished stage."""
+    results = {"data": prepare(progression)}
+    for stage in progression.stages:
+        done = Path(progression.out) / stage.name / "done.json"
+        if not done.exists():
+            raise ValueError(f"{done.parent}: this stage has not finished; launch the progression again to go on with it")
+        results[stage.name] = json.loads(done.read_text())
+    return results
+
+
 def run_progression(
-    progression: Progression, *, start: str | None = None, until: str | None = None, init: str | None = None
+    progression: Progression,
+    *,
+    start: str | None = None,
+    until: str | None = None,
+    init: str | None = None,
+    resume: bool = True,
 ) -> dict[str, dict[str, Any]]:
     """Run the stages from `start` to `until` and return stage name -> summary (`train`), data under `"data"`.
 
-    `init` replaces the first stage's own starting weights. Raises ValueError if a stage wants weights that neither
-    exist nor come from a stage that runs.
+    `init` replaces the first stage's own starting weights; `resume=False` runs these stages from their start.
+    Raises ValueError if a stage wants weights that neither exist nor come from a stage that runs.
     """
     out = Path(progression.out)
     stages = [resolved(stage, out) for stage in selected(progression, start, until)]
+    for stage in stages:
+        check_stage(stage)
     _check_handover(stages, out, init)
     results: dict[str, dict[str, Any]] = {"data": prepare(progression)}
+    out.mkdir(parents=True, exist_ok=True)
+    save(progression, out / PLAN)
     for number, stage in enumerate(stages):
         print(f"[{number + 1}/{len(stages)}] {stage.name}: {stage.cites or type(stage).__name__}", flush=True)
-        results[stage.name] = train(stage, init=init if number == 0 else None)
+        results[stage.name] = train(stage, init=init if number == 0 else None, resume=resume)
     return results
 
 

@@ -3,6 +3,7 @@
 config.json        the resolved config         environment.json   machine, versions, backends
 metrics.jsonl      train and validation lines  checkpoints/       see `vmae2_fast.train.checkpoint`
 quarantine.jsonl   clips that were replaced    weights.safetensors, done.json   only once the run is finished
+inputs.json        digests of the weights it starts and learns from
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 
 from .. import backend
 from ..config import RunConfig, to_dict
-from .checkpoint import clean, committed, write_json
+from .checkpoint import clean, committed, sha256, write_json
 
 # What may change between two sittings of one run: where things lie, how often it is saved or shown, and how the work is
 # cut up. None of it changes the maths (micro_batch: up to the order of summation).
@@ -52,6 +53,19 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     return [f"{k}: {a.get(k)!r} there, {b.get(k)!r} now" for k in keys]
 
 
+START_OVER = "start over with --restart (resume=False in a script)"
+
+
+def _digests(config: RunConfig) -> dict[str, str | None]:
+    """SHA-256 of the weights a run starts from and learns from: None where they are no local file."""
+    out: dict[str, str | None] = {}
+    for key in ("init", "teacher_weights"):
+        path = Path(str(getattr(config, key, None)))
+        path = path / "weights.safetensors" if path.is_dir() else path
+        out[key] = sha256(path) if path.is_file() else None
+    return out
+
+
 class RunDirectory:
     """Paths of one run. `open` checks before anything expensive happens."""
 
@@ -59,6 +73,8 @@ class RunDirectory:
         self.path = Path(config.out) / config.name
         self.checkpoints = self.path / "checkpoints"
         self.config, self.environment = self.path / "config.json", self.path / "environment.json"
+        self.inputs = self.path / "inputs.json"
+        self.fresh = not self.path.exists()
         self.metrics, self.quarantine = self.path / "metrics.jsonl", self.path / "quarantine.jsonl"
         self.weights, self.done = self.path / "weights.safetensors", self.path / "done.json"
 
@@ -79,18 +95,28 @@ class RunDirectory:
             raise ValueError(f"cannot write the run directory {self.path}: {why}; choose another --out") from error
         if not resume:
             self._clear()
-        now = to_dict(config)
+        now, inputs = to_dict(config), _digests(config)
         if self.config.exists() and (self.done.exists() or committed(self.checkpoints)):
             different = differences(_read_json(self.config), json.loads(json.dumps(now)))
             if different:
                 shown = "; ".join(different[:3]) + (f" and {len(different) - 3} more" if len(different) > 3 else "")
                 raise ValueError(
-                    f"{self.path} holds a run with another config ({shown}); give this one another name or out, or start "
-                    "it over with resume=False"
+                    f"{self.path} holds a run with another config ({shown}); give this one another name or out, "
+                    f"or {START_OVER}"
                 )
+            before = _read_json(self.inputs) if self.inputs.exists() else inputs
+            changed = [key for key in inputs if before[key] != inputs[key]]
+            if changed:
+                raise ValueError(f"{self.path}: {' and '.join(changed)} changed since this run began; {START_OVER}")
         clean(self.checkpoints)
         write_json(self.config, now)
+        write_json(self.inputs, inputs)
         return self
+
+    def abandon(self) -> None:
+        """Remove what a run left that could not begin, unless the directory was there before."""
+        if self.fresh:
+            shutil.rmtree(self.path, ignore_errors=True)
 
     def write_environment(self) -> None:
         write_json(self.environment, backend.environment())
