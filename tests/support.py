@@ -10,6 +10,9 @@ from torch import Tensor
 
 from vmae2_fast import backend
 
+NO_EDITABLE = "import sys; sys.meta_path = [f for f in sys.meta_path if 'editable' not in repr(f).lower()]\n"
+"""First line of a script that tests a copy of the package: an editable install of this checkout would lend it its _C."""
+
 
 def error(actual: Tensor, truth: Tensor) -> float:
     """Largest absolute difference, measured in float64. Both infinite or both NaN counts as equal."""

@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from tests.support import NO_EDITABLE
 from vmae2_fast import backend
 from vmae2_fast.ops import _native, gather_patches
 
@@ -154,7 +155,7 @@ def _why_not_native(folder, wish: str, broken: str | None) -> subprocess.Complet
     shutil.copytree(ROOT / "vmae2_fast", folder / "vmae2_fast", ignore=shutil.ignore_patterns("*.so", "*.pyd", "__pycache__"))
     if broken is not None:
         (folder / "vmae2_fast" / f"_C{EXTENSION_SUFFIXES[0]}").write_text(broken)
-    script = "import torch; from vmae2_fast import backend; print(backend.why_not_native(torch.device('cpu')))"
+    script = NO_EDITABLE + "import torch; from vmae2_fast import backend; print(backend.why_not_native(torch.device('cpu')))"
     environment = {**os.environ, "VMAE2_NATIVE": wish, "PYTHONPATH": str(folder)}
     return subprocess.run([sys.executable, "-c", script], env=environment, cwd=folder, capture_output=True, text=True)
 

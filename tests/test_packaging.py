@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+from tests.support import NO_EDITABLE
 from vmae2_fast import backend
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -67,10 +68,8 @@ def install(wheel: Path, target: Path) -> None:
 def run(target: Path, code: str, cwd: Path) -> str:
     """What `code` prints in a fresh interpreter that sees the installed copy and nothing of the source tree."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("VMAE2_")}
-    # An editable install of this checkout would lend its own _C to the copy under test.
-    alone = "import sys; sys.meta_path = [f for f in sys.meta_path if 'editable' not in repr(f).lower()]\n"
     done = subprocess.run(
-        [sys.executable, "-c", alone + code],
+        [sys.executable, "-c", NO_EDITABLE + code],
         env={**environment, "PYTHONPATH": str(target)},
         cwd=cwd,
         capture_output=True,
@@ -140,6 +139,7 @@ def test_metadata_pins_nothing(built: tuple[Path, set[str], set[str]]) -> None:
 
 RUN_AN_OP = """
 import torch, vmae2_fast
+from tests.support import NO_EDITABLE
 from vmae2_fast import backend
 from vmae2_fast.ops import gather_patches
 rows = gather_patches(torch.full((1, 2, 4, 4, 3), 255, dtype=torch.uint8), torch.zeros(1, 1, dtype=torch.int32), patch=4)
