@@ -139,7 +139,6 @@ def test_metadata_pins_nothing(built: tuple[Path, set[str], set[str]]) -> None:
 
 RUN_AN_OP = """
 import torch, vmae2_fast
-from tests.support import NO_EDITABLE
 from vmae2_fast import backend
 from vmae2_fast.ops import gather_patches
 rows = gather_patches(torch.full((1, 2, 4, 4, 3), 255, dtype=torch.uint8), torch.zeros(1, 1, dtype=torch.int32), patch=4)
