@@ -52,7 +52,7 @@ def progressive(out: str = "runs/demo", clips: str | None = None, short: bool = 
         mask=MaskConfig(encoder_ratio=0.9, decoder="running_cell", decoder_ratio=0.5),
         data=_data(out, "unlabeled_video", "unlabeled_frames", views=2),
         validation=_data(out, "holdout", split="val"),
-        optim=OptimConfig(lr=2e-3, lr_batch=0, min_lr=1e-5, warmup_epochs=2.0, betas=(0.9, 0.95)),
+        optim=OptimConfig(lr=2e-3, lr_batch=0, min_lr=1e-5, warmup_epochs=2.0 / steps, betas=(0.9, 0.95)),
         train=_train((450 if few else 16) // steps),
     )
     post_pretrain = ClassifyConfig(
@@ -61,7 +61,7 @@ def progressive(out: str = "runs/demo", clips: str | None = None, short: bool = 
         model=ModelConfig(name="vit_small_patch16_224", num_classes=labeled, **_WIDE),
         data=_data(out, "labeled_video", "labeled_frames", sampling="dense"),
         validation=_data(out, "labeled_video", split="val", sampling="dense"),
-        optim=OptimConfig(lr=2e-3, lr_batch=0, min_lr=1e-5, warmup_epochs=1.0, betas=(0.9, 0.999)),
+        optim=OptimConfig(lr=2e-3, lr_batch=0, min_lr=1e-5, warmup_epochs=1.0 / steps, betas=(0.9, 0.999)),
         train=_train((200 if few else 15) // steps),
         views=ViewsConfig(segments=1, crops=1),
         init="stage:pretrain",
@@ -72,7 +72,7 @@ def progressive(out: str = "runs/demo", clips: str | None = None, short: bool = 
         model=dataclasses.replace(classifier, head_init_scale=0.01),
         data=_data(out, "target", sampling="dense"),
         validation=_data(out, "target", split="val", sampling="dense"),
-        optim=OptimConfig(lr=5e-4, lr_batch=0, min_lr=1e-5, warmup_epochs=2.0, betas=(0.9, 0.999), layer_decay=0.9),
+        optim=OptimConfig(lr=5e-4, lr_batch=0, min_lr=1e-5, warmup_epochs=2.0 / steps, betas=(0.9, 0.999), layer_decay=0.9),
         train=_train((120 if few else 40) // steps),
         views=ViewsConfig(segments=2, crops=3),
         init="stage:post_pretrain",
@@ -83,7 +83,7 @@ def progressive(out: str = "runs/demo", clips: str | None = None, short: bool = 
         model=classifier,
         data=finetune.data,
         validation=finetune.validation,
-        optim=OptimConfig(lr=2e-3, lr_batch=0, min_lr=1e-5, warmup_epochs=2.0, betas=(0.9, 0.999)),
+        optim=OptimConfig(lr=2e-3, lr_batch=0, min_lr=1e-5, warmup_epochs=2.0 / steps, betas=(0.9, 0.999)),
         train=_train((520 if few else 235) // steps),
         views=finetune.views,
     )
@@ -95,7 +95,7 @@ def progressive(out: str = "runs/demo", clips: str | None = None, short: bool = 
         teacher_weights="stage:finetune",
         data=_data(out, "labeled_video", "labeled_frames", "target", sampling="dense"),
         validation=finetune.validation,
-        optim=OptimConfig(lr=2e-3, lr_batch=0, min_lr=1e-5, warmup_epochs=1.0, betas=(0.9, 0.999)),
+        optim=OptimConfig(lr=2e-3, lr_batch=0, min_lr=1e-5, warmup_epochs=1.0 / steps, betas=(0.9, 0.999)),
         train=_train((150 if few else 10) // steps),
         views=finetune.views,
     )

@@ -180,3 +180,11 @@ def test_smoke_keeps_the_stages_and_shrinks_the_models() -> None:
     assert isinstance(small, Progression)
     assert [s.name for s in small.stages] == [s.name for s in run.stages] == list(STAGES)
     assert all(s.model.width == 32 and s.train.epochs == 1 for s in small.stages)
+
+
+@pytest.mark.parametrize("short", [False, True])
+def test_every_demo_stage_outlasts_its_warm_up(short: bool, tmp_path: Path) -> None:
+    clips = write_clips(tmp_path / "clips", per_class=1)
+    for folder in (None, str(clips)):
+        for stage in all_recipes()["demo:progressive"](clips=folder, short=short).stages:
+            assert stage.optim.warmup_epochs < stage.train.epochs, stage.name
