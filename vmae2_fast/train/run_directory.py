@@ -60,7 +60,7 @@ def _digests(config: RunConfig) -> dict[str, str | None]:
     """SHA-256 of the weights a run starts from and learns from: None where they are no local file."""
     out: dict[str, str | None] = {}
     for key in ("init", "teacher_weights"):
-        path = Path(str(getattr(config, key, None)))
+        path = Path(getattr(config, key, None) or os.devnull)
         path = path / "weights.safetensors" if path.is_dir() else path
         out[key] = sha256(path) if path.is_file() else None
     return out
