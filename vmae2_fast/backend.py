@@ -206,11 +206,33 @@ def why_not_native(device: torch.device) -> str | None:
     return f"no native kernels for {device.type}"
 
 
-def why_not_native_cpu(device: torch.device, *dtypes: torch.dtype) -> str | None:
-    """For native implementations that exist in C++ only, in float32, bfloat16 and float16."""
-    if device.type != "cpu":
-        return f"native kernel exists for cpu only, not {device.type}"
+def why_not_native_kernel(device: torch.device, *dtypes: torch.dtype) -> str | None:
+    """For native kernels in float32, bfloat16 and float16, in C++ and CUDA."""
     return why_not_native(device) or ("native kernels take no float64" if torch.float64 in dtypes else None)
+
+
+@functools.cache
+def _load_triton() -> str | None:
+    """None if triton can be imported, else the reason."""
+    try:
+        importlib.import_module("triton")
+    except ImportError as error:
+        return f"triton cannot be imported: {error}"
+    return None
+
+
+def why_not_triton(device: torch.device, *dtypes: torch.dtype) -> str | None:
+    """For Triton kernels in float32, bfloat16 and float16. On the CPU only Triton's interpreter can run them: on request."""
+    if torch.float64 in dtypes:
+        return "Triton kernels take no float64"
+    if device.type == "cpu":
+        if os.environ.get("TRITON_INTERPRET") != "1":
+            return "Triton kernels run on the cpu only in Triton's interpreter (TRITON_INTERPRET=1), for tests"
+    elif device.type != "cuda":
+        return f"no Triton kernels for {device.type}"
+    elif torch.cuda.is_available() and torch.cuda.get_device_capability(device) < (8, 0):
+        return "Triton kernels need compute capability 8.0"
+    return _load_triton()
 
 
 def environment() -> dict[str, Any]:

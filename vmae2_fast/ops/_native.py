@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,18 +23,15 @@ def extension() -> Any:
     return module
 
 
-def register(op: str, reference: Callable[..., Any], native: Callable[..., Any]) -> None:
-    """Register an op that has a reference for every device and a C++ kernel for the CPU."""
-    implementations = {
-        "reference": backend.Implementation(reference),
-        "native": backend.Implementation(native, backend.why_not_native_cpu),
-    }
-    backend.register_op(op, implementations, {"cpu": ("native", "reference"), "*": ("reference",)})
-
-
 def threads() -> int:
     """Threads a native CPU kernel may use: torch's own setting."""
     return torch.get_num_threads()
+
+
+def queue(device: torch.device) -> tuple[int, int]:
+    """(device number, address of torch's current stream there): where a CUDA kernel is launched. Nothing waits for it."""
+    number = torch.cuda.current_device() if device.index is None else device.index
+    return number, torch.cuda.current_stream(number).cuda_stream
 
 
 def code(dtype: torch.dtype) -> int:

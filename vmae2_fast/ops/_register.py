@@ -7,10 +7,13 @@ passes the name its forward resolved.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
 import torch
+
+from .. import backend
 
 LIBRARY = torch.library.Library("vmae2", "FRAGMENT")
 
@@ -35,6 +38,34 @@ def define(
     if backward is not None:
         torch.library.register_autograd(f"vmae2::{name}", backward, setup_context=setup_context, lib=LIBRARY)
     return getattr(torch.ops.vmae2, name).default
+
+
+def register_backends(
+    op: str,
+    reference: Callable[..., Any],
+    *,
+    native: Callable[..., Any] | None = None,
+    triton: Callable[..., Any] | None = None,
+) -> None:
+    """Make the implementations of an op known to `backend`: the reference for every device, C++ (CPU) and CUDA kernels
+    behind `native`, Triton kernels behind `triton` (both without float64)."""
+    implementations = {"reference": backend.Implementation(reference)}
+    if native is not None:
+        implementations["native"] = backend.Implementation(native, backend.why_not_native_kernel)
+    if triton is not None:
+        implementations["triton"] = backend.Implementation(triton, backend.why_not_triton)
+    cpu = tuple(n for n in ("native", "reference") if n in implementations)
+    cuda = tuple(n for n in ("native", "triton", "reference") if n in implementations)
+    backend.register_op(op, implementations, {"cpu": cpu, "cuda": cuda, "*": ("reference",)})
+
+
+def kernel(module: str, function: str) -> Callable[..., Any]:
+    """A launcher in `vmae2_fast/ops/<module>.py`, imported at its first call: Triton is no dependency of an import."""
+
+    def run(*args: Any) -> Any:
+        return getattr(importlib.import_module(f".{module}", __package__), function)(*args)
+
+    return run
 
 
 def check(condition: bool, message: str) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import backend
 from ._half_block import statistics_dtype
-from ._register import check, define
+from ._register import check, define, register_backends
 
 
 def _output_dtype(visible: Tensor, mask_token: Tensor) -> torch.dtype:
@@ -34,7 +34,7 @@ def _reference(
     return out.to(dtype)
 
 
-backend.register_op("decoder_tokens", {"reference": backend.Implementation(_reference)}, {"*": ("reference",)})
+register_backends("decoder_tokens", _reference)
 
 
 def _fake(visible: Tensor, mask_token: Tensor, position_table: Tensor, visible_index: Tensor, decode_index: Tensor) -> Tensor:

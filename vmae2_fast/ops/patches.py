@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .. import backend
 from . import _native
-from ._register import check, define
+from ._register import check, define, register_backends
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -188,8 +188,8 @@ def _scatter_native(
     return clip
 
 
-_native.register("gather_patches", gather_patches_reference, _gather_native)
-_native.register("scatter_patches", scatter_patches_reference, _scatter_native)
+register_backends("gather_patches", gather_patches_reference, native=_gather_native)
+register_backends("scatter_patches", scatter_patches_reference, native=_scatter_native)
 
 
 def _gather_body(clip: Tensor, index: Tensor, *arguments: Any) -> Tensor:

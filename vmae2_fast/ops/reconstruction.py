@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .. import backend
 from . import _native
-from ._register import check, define
+from ._register import check, define, register_backends
 from .patches import channel_statistics, check_clip, check_index, clip_shape, gather_patches_reference
 
 EPS = 1e-6  # added to the standard deviation, as in the official engine
@@ -134,8 +134,8 @@ def _backward_native(error: Tensor, upstream: Tensor) -> Tensor:
     return grad
 
 
-_native.register("reconstruction_loss", _forward_reference, _forward_native)
-_native.register("reconstruction_loss_backward", _backward_reference, _backward_native)
+register_backends("reconstruction_loss", _forward_reference, native=_forward_native)
+register_backends("reconstruction_loss_backward", _backward_reference, native=_backward_native)
 
 
 def _body(pred: Tensor, clip: Tensor, loss_index: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
