@@ -70,19 +70,24 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
 
   m.def("reconstruction_loss",
         [](uintptr_t pred, int pred_dtype, uintptr_t clip, int clip_dtype, int64_t batch, int64_t frames, int64_t height,
-           int64_t width, int64_t channels, int64_t tubelet, int64_t patch, uintptr_t index, int64_t count, bool normalize,
-           const std::vector<float>& mean, const std::vector<float>& std, uintptr_t error, uintptr_t loss_sum,
-           uintptr_t count_out, int threads) {
-          reconstruction_loss(at<const void>(pred), Dtype(pred_dtype), at<const void>(clip), Dtype(clip_dtype),
-                              {batch, frames, height, width, channels, tubelet, patch}, at<const int32_t>(index), count,
-                              normalize, mean, std, at<void>(error), at<float>(loss_sum), at<int64_t>(count_out), threads);
+           int64_t width, int64_t channels, int64_t tubelet, int64_t patch, uintptr_t index, int64_t count,
+           const std::vector<float>& mean, const std::vector<float>& std, bool normalize, uintptr_t statistics,
+           uintptr_t loss_sum, uintptr_t count_out, int threads) {
+          reconstruction_loss({at<const void>(pred), Dtype(pred_dtype), at<const void>(clip), Dtype(clip_dtype),
+                               {batch, frames, height, width, channels, tubelet, patch}, at<const int32_t>(index), count, mean, std},
+                              normalize, at<float>(statistics), at<float>(loss_sum), at<int64_t>(count_out), threads);
         },
         release());
 
   m.def("reconstruction_loss_backward",
-        [](uintptr_t error, int dtype, int64_t size, uintptr_t upstream, double factor, uintptr_t grad, int threads) {
-          reconstruction_loss_backward(at<const void>(error), Dtype(dtype), size, at<const float>(upstream), factor,
-                                       at<void>(grad), threads);
+        [](uintptr_t upstream, uintptr_t pred, int pred_dtype, uintptr_t clip, int clip_dtype, int64_t batch, int64_t frames,
+           int64_t height, int64_t width, int64_t channels, int64_t tubelet, int64_t patch, uintptr_t index, int64_t count,
+           const std::vector<float>& mean, const std::vector<float>& std, uintptr_t statistics, uintptr_t grad, int threads) {
+          reconstruction_loss_backward(at<const float>(upstream),
+                                       {at<const void>(pred), Dtype(pred_dtype), at<const void>(clip), Dtype(clip_dtype),
+                                        {batch, frames, height, width, channels, tubelet, patch}, at<const int32_t>(index),
+                                        count, mean, std},
+                                       at<const float>(statistics), at<void>(grad), threads);
         },
         release());
 }

@@ -41,12 +41,21 @@ void gather_patches(const void* clip, Dtype clip_dtype, const Clip& shape, const
 void scatter_patches(const void* rows, Dtype dtype, const int32_t* index, int64_t count, const Clip& shape,
                      bool pixel_order, void* clip, int threads);
 
-// reconstruction.cpp. pred, error: [batch, count, row()] of pred_dtype; loss_sum and count_out: scalars.
-void reconstruction_loss(const void* pred, Dtype pred_dtype, const void* clip, Dtype clip_dtype, const Clip& shape,
-                         const int32_t* index, int64_t count, bool normalize, const std::vector<float>& mean,
-                         const std::vector<float>& std, void* error, float* loss_sum, int64_t* count_out, int threads);
-// grad = error * (*upstream * factor), computed in float.
-void reconstruction_loss_backward(const void* error, Dtype dtype, int64_t size, const float* upstream, double factor,
-                                  void* grad, int threads);
+// reconstruction.cpp. pred, grad: [batch, count, row()] of pred_dtype; statistics: [batch, count, 2, channels], the centre and
+// factor that make a target of a pixel (bytes of a uint8 clip as 0..255); loss_sum and count_out: scalars.
+struct Reconstruction {
+  const void* pred;
+  Dtype pred_dtype;
+  const void* clip;
+  Dtype clip_dtype;
+  Clip shape;
+  const int32_t* index;
+  int64_t count;
+  std::vector<float> mean, std;  // per channel, undo the normalisation of a floating point clip
+};
+void reconstruction_loss(const Reconstruction& in, bool normalize, float* statistics, float* loss_sum, int64_t* count_out,
+                         int threads);
+void reconstruction_loss_backward(const float* upstream, const Reconstruction& in, const float* statistics, void* grad,
+                                  int threads);
 
 }  // namespace vmae2

@@ -1,9 +1,11 @@
-// Target, squared error and its gradient's numerator for the loss patches. See vmae2_fast/ops/reconstruction.py.
+// Target, squared error and its gradient for the loss patches. See vmae2_fast/ops/reconstruction.py.
 //
 // A "lane" is one of the patch*channels places of a line in order (x, c): clip and prediction are walked line by line, so
 // the same lane always belongs to the same channel and all inner loops run over lanes.
 #include <algorithm>
 #include <cmath>
+#include <cstring>
+#include <string>
 #include <type_traits>
 
 #include "dispatch.h"
@@ -82,10 +84,22 @@ struct Worker {
     }
   }
 
+  // Centre and factor of each channel out to, or in from, what the op keeps for its backward.
+  void keep(float* statistics) const {
+    for (int64_t c = 0; c < shape.channels; ++c) {
+      statistics[c] = centre[static_cast<size_t>(c)];
+      statistics[shape.channels + c] = inverse[static_cast<size_t>(c)];
+    }
+  }
+  void restore(const float* statistics) {
+    for (int64_t i = 0; i < lanes; ++i) {
+      centre[static_cast<size_t>(i)] = statistics[i % shape.channels];
+      inverse[static_cast<size_t>(i)] = statistics[shape.channels + i % shape.channels];
+    }
+  }
+
   template <class Pred>
-  double run(const Pixel* corner, const Pred* pred, Pred* error) {
-    read(corner);
-    if (normalize) statistics();
+  double loss(const Pred* pred) {
     std::fill(squares.begin(), squares.end(), 0.0f);
     const float *c = centre.data(), *v = inverse.data();
     float* s = squares.data();
@@ -94,71 +108,95 @@ struct Worker {
       for (int64_t i = 0; i < lanes; ++i) {
         const float d = load(pred[l * lanes + i]) - (z[i] - c[i]) * v[i];
         s[i] += d * d;
-        store(error[l * lanes + i], d);
       }
     }
     double sum = 0;
     for (int64_t i = 0; i < lanes; ++i) sum += static_cast<double>(s[i]);
     return sum / static_cast<double>(lines * lanes);
   }
+
+  template <class Pred>
+  void gradient(const Pred* pred, float scale, Pred* grad) const {
+    const float *c = centre.data(), *v = inverse.data();
+    for (int64_t l = 0; l < lines; ++l) {
+      const float* z = block.data() + l * lanes;
+      for (int64_t i = 0; i < lanes; ++i) {
+        store(grad[l * lanes + i], (load(pred[l * lanes + i]) - (z[i] - c[i]) * v[i]) * scale);
+      }
+    }
+  }
 };
 
-}  // namespace
-
-void reconstruction_loss(const void* pred, Dtype pred_dtype, const void* clip, Dtype clip_dtype, const Clip& shape,
-                         const int32_t* index, int64_t count, bool normalize, const std::vector<float>& mean,
-                         const std::vector<float>& std, void* error, float* loss_sum, int64_t* count_out, int threads) {
-  check_clip("reconstruction_loss", shape);
-  check_index("reconstruction_loss", index, shape.batch, count, shape.tokens());
+// Call body(worker, row, prediction's type, clip's corner of the row or nullptr where it is padding) for every row, on threads.
+template <class Body>
+void for_rows(const char* op, const Reconstruction& in, bool normalize, int threads, const Body& body) {
+  const Clip& shape = in.shape;
+  check_clip(op, shape);
+  check_index(op, in.index, shape.batch, in.count, shape.tokens());
   const auto channels = static_cast<size_t>(shape.channels);
-  if (mean.size() != channels || std.size() != channels || (normalize && shape.tubelet * shape.patch * shape.patch < 2)) {
-    throw std::invalid_argument("reconstruction_loss: mean and std need one value a channel, a patch more than one pixel");
+  if (in.mean.size() != channels || in.std.size() != channels || (normalize && shape.tubelet * shape.patch * shape.patch < 2)) {
+    throw std::invalid_argument(std::string(op) + ": mean and std need one value a channel, a patch more than one pixel");
   }
-  const int64_t rows = shape.batch * count, row = shape.row();
-  // One loss a row, added up in row order below: the sum does not depend on the number of threads.
-  std::vector<double> losses(static_cast<size_t>(rows), 0.0);
-  with_pixel(clip_dtype, "reconstruction_loss", [&](auto pixel_type) {
-    with_float(pred_dtype, "reconstruction_loss", [&](auto pred_type) {
+  const int64_t rows = shape.batch * in.count;
+  with_pixel(in.clip_dtype, op, [&](auto pixel_type) {
+    with_float(in.pred_dtype, op, [&](auto pred_type) {
       using Pixel = decltype(pixel_type);
-      using Pred = decltype(pred_type);
       // One worker a slice of rows: scratch is allocated before threads start, where a failure can still be reported.
       const int64_t slices = std::max<int64_t>(1, std::min<int64_t>(rows, 4 * static_cast<int64_t>(std::max(1, threads))));
-      std::vector<Worker<Pixel>> workers(static_cast<size_t>(slices), Worker<Pixel>(shape, clip_dtype, mean.data(), std.data(), normalize));
-      parallel_for(slices, rows * row * 4 / slices, threads, [&](int64_t begin, int64_t end) {
+      std::vector<Worker<Pixel>> workers(static_cast<size_t>(slices),
+                                         Worker<Pixel>(shape, in.clip_dtype, in.mean.data(), in.std.data(), normalize));
+      parallel_for(slices, rows * shape.row() * 4 / slices, threads, [&](int64_t begin, int64_t end) {
         for (int64_t slice = begin; slice < end; ++slice) {
           Worker<Pixel>& worker = workers[static_cast<size_t>(slice)];
           for (int64_t r = rows * slice / slices; r < rows * (slice + 1) / slices; ++r) {
-            Pred* out = static_cast<Pred*>(error) + r * row;
-            if (index[r] < 0) {
-              for (int64_t k = 0; k < row; ++k) store(out[k], 0.0f);
-              continue;
-            }
-            const Pixel* corner = static_cast<const Pixel*>(clip) + worker.layout.corner(shape, r / count, index[r]);
-            losses[static_cast<size_t>(r)] = worker.run(corner, static_cast<const Pred*>(pred) + r * row, out);
+            const Pixel* corner = nullptr;
+            if (in.index[r] >= 0) corner = static_cast<const Pixel*>(in.clip) + worker.layout.corner(shape, r / in.count, in.index[r]);
+            body(worker, r, pred_type, corner);
           }
         }
       });
     });
   });
+}
+
+}  // namespace
+
+void reconstruction_loss(const Reconstruction& in, bool normalize, float* statistics, float* loss_sum, int64_t* count_out,
+                         int threads) {
+  const int64_t rows = in.shape.batch * in.count, row = in.shape.row(), kept = 2 * in.shape.channels;
+  // One loss a row, added up in row order below: the sum does not depend on the number of threads.
+  std::vector<double> losses(static_cast<size_t>(std::max<int64_t>(rows, 0)), 0.0);
+  for_rows("reconstruction_loss", in, normalize, threads, [&](auto& worker, int64_t r, auto type, const auto* corner) {
+    float* out = statistics + r * kept;
+    if (corner == nullptr) return std::fill(out, out + kept, 0.0f);
+    worker.read(corner);
+    if (normalize) worker.statistics();
+    worker.keep(out);
+    losses[static_cast<size_t>(r)] = worker.loss(static_cast<const decltype(type)*>(in.pred) + r * row);
+  });
   double sum = 0;
   int64_t valid = 0;
   for (int64_t r = 0; r < rows; ++r) {
     sum += losses[static_cast<size_t>(r)];
-    valid += index[r] >= 0;
+    valid += in.index[r] >= 0;
   }
   *loss_sum = static_cast<float>(sum);
   *count_out = valid;
 }
 
-void reconstruction_loss_backward(const void* error, Dtype dtype, int64_t size, const float* upstream, double factor,
-                                  void* grad, int threads) {
-  const float scale = static_cast<float>(static_cast<double>(*upstream) * factor);
-  with_float(dtype, "reconstruction_loss_backward", [&](auto type) {
-    const auto* in = static_cast<const decltype(type)*>(error);
-    auto* out = static_cast<decltype(type)*>(grad);
-    parallel_for(size, 1, threads, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) store(out[i], load(in[i]) * scale);
-    });
+void reconstruction_loss_backward(const float* upstream, const Reconstruction& in, const float* statistics, void* grad,
+                                  int threads) {
+  const int64_t row = in.shape.row(), kept = 2 * in.shape.channels;
+  const auto scale = static_cast<float>(static_cast<double>(*upstream) * 2.0 / static_cast<double>(row));
+  for_rows("reconstruction_loss_backward", in, false, threads, [&](auto& worker, int64_t r, auto type, const auto* corner) {
+    auto* out = static_cast<decltype(type)*>(grad) + r * row;
+    if (corner == nullptr) {
+      std::memset(static_cast<void*>(out), 0, static_cast<size_t>(row) * sizeof(*out));
+      return;
+    }
+    worker.read(corner);
+    worker.restore(statistics + r * kept);
+    worker.gradient(static_cast<const decltype(type)*>(in.pred) + r * row, scale, out);
   });
 }
 

@@ -216,7 +216,9 @@ def test_opcheck(name: str) -> None:
         with backend.use_backend(name):
             arguments = (pred.requires_grad_(), clip, index, options["patch"], options["tubelet"], True, *statistics)
             opcheck(torch.ops.vmae2.reconstruction_loss.default, arguments)
-            opcheck(torch.ops.vmae2.reconstruction_loss_backward.default, (pred.detach(), torch.tensor(2.0), name))
+            kept = torch.ops.vmae2.reconstruction_loss.default(*arguments)[2]
+            arguments = (torch.tensor(2.0), pred.detach(), clip, index, kept, *arguments[3:5], *statistics, name)
+            opcheck(torch.ops.vmae2.reconstruction_loss_backward.default, arguments)
 
 
 def test_compiles_as_one_graph() -> None:

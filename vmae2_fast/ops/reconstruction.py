@@ -1,4 +1,4 @@
-"""Reconstruction loss of predicted patches (paper section 3.1 and 3.2), target and error in one pass.
+"""Reconstruction loss of predicted patches (paper section 3.1 and 3.2): target, error and gradient, never stored apart.
 
 For a loss token the target is its patch in order (t, y, x, c), pixels z in [0, 1], normalised per token and channel c over
 the n = tubelet*patch*patch pixels:
@@ -6,9 +6,12 @@ the n = tubelet*patch*patch pixels:
     target = (z - mean_c) / (sqrt(var_c) + 1e-6),    var_c unbiased        (normalize=False: target = z)
 
 and its loss the mean over K = n*C of (pred - target)^2. The mean over tokens divides by their number in the whole batch
-("code", what the released code does) or by all decoded tokens ("paper", the equation of section 3.2). The forward keeps
-`error` = pred - target in the dtype of pred, from which the gradient is one scaling: 2/K * error * upstream. No target
-tensor and no float32 copy of pred exist.
+("code", what the released code does) or by all decoded tokens ("paper", the equation of section 3.2).
+
+Each direction is one pass over clip and prediction. The forward keeps, for each token and channel, the two numbers that
+make a target of a pixel, so that the backward writes 2/K * upstream * (pred - target) straight into the gradient: neither
+a target, nor an error, nor a float32 copy of the prediction exists. That is fewer bytes than a forward that writes the
+error and a backward that scales it, and one tensor of the prediction's size less to hold.
 """
 
 from __future__ import annotations
@@ -33,32 +36,33 @@ def _compute_dtype(*tensors: Tensor) -> torch.dtype:
 
 def _pixels(
     clip: Tensor, index: Tensor, patch: int, tubelet: int, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype
-) -> Tensor:
-    """Pixels in [0, 1] of the indexed patches: [B, L, tubelet*patch*patch, C]."""
+) -> tuple[Tensor, float]:
+    """Pixels of the indexed patches [B, L, tubelet*patch*patch, C] and what 1.0 is in their units.
+
+    Those of a uint8 clip stay bytes: a constant patch then has its exact mean, and its target is exactly 0.
+    """
     channels = clip_shape(clip)[4]
     scale, shift = [1.0] * channels, [0.0] * channels
-    rows = gather_patches_reference(clip, index, patch, tubelet, scale, shift, dtype, "pixel")
-    rows = rows.unflatten(2, (-1, channels))
+    rows = gather_patches_reference(clip, index, patch, tubelet, scale, shift, dtype, "pixel").unflatten(2, (-1, channels))
     if clip.dtype == torch.uint8:
-        return rows / 255
-    return torch.stack([rows[..., c] * std[c] + mean[c] for c in range(channels)], dim=-1)
+        return rows, 255.0
+    return torch.stack([rows[..., c] * std[c] + mean[c] for c in range(channels)], dim=-1), 1.0
 
 
-def _target(
-    clip: Tensor,
-    index: Tensor,
-    patch: int,
-    tubelet: int,
-    normalize: bool,
-    mean: Sequence[float],
-    std: Sequence[float],
-    dtype: torch.dtype,
-) -> Tensor:
-    pixels = _pixels(clip, index, patch, tubelet, mean, std, dtype)
+def _centre_and_factor(pixels: Tensor, unit: float, normalize: bool) -> Tensor:
+    """[B, L, 2, C] with target = (pixel - centre) * factor."""
     if normalize:
-        variance, centre = torch.var_mean(pixels, dim=2, keepdim=True, correction=1)
-        pixels = (pixels - centre) / (variance.sqrt() + EPS)
-    return pixels.flatten(2)
+        variance, centre = torch.var_mean(pixels, dim=2, correction=1)
+        return torch.stack((centre, 1 / (variance.sqrt() + EPS * unit)), dim=2)
+    plain = pixels.new_zeros(*pixels.shape[:2], 2, pixels.shape[3])
+    plain[:, :, 1] = 1 / unit
+    return plain
+
+
+def _error(pred: Tensor, pixels: Tensor, statistics: Tensor, loss_index: Tensor) -> Tensor:
+    target = (pixels - statistics[:, :, :1]) * statistics[:, :, 1:]
+    # Contiguous: the order of the sum over it must not depend on the strides of pred.
+    return torch.where(loss_index[..., None] < 0, 0, pred.to(pixels.dtype) - target.flatten(2)).contiguous()
 
 
 def reconstruction_loss_reference(
@@ -76,19 +80,36 @@ def reconstruction_loss_reference(
     return loss_sum, count
 
 
-def _forward_reference(pred: Tensor, clip: Tensor, loss_index: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = _compute_dtype(pred, clip)
-    patch, tubelet, normalize, mean, std = arguments
+def _forward_reference(
+    pred: Tensor,
+    clip: Tensor,
+    loss_index: Tensor,
+    patch: int,
+    tubelet: int,
+    normalize: bool,
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> tuple[Tensor, Tensor, Tensor]:
     with torch.no_grad():
-        target = _target(clip.detach(), loss_index, patch, tubelet, normalize, mean, std, dtype)
-    valid = loss_index >= 0
-    error = torch.where(valid[..., None], pred.to(dtype) - target, 0)
-    return error.square().mean(2).sum(), valid.sum(), error.to(pred.dtype)
+        pixels, unit = _pixels(clip.detach(), loss_index, patch, tubelet, mean, std, _compute_dtype(pred, clip))
+        valid = loss_index >= 0
+        statistics = torch.where(valid[..., None, None], _centre_and_factor(pixels, unit, normalize), 0)
+    return _error(pred, pixels, statistics, loss_index).square().mean(2).sum(), valid.sum(), statistics
 
 
-def _backward_reference(error: Tensor, upstream: Tensor) -> Tensor:
-    dtype = _compute_dtype(error)
-    return (error.to(dtype) * (upstream * (2 / error.shape[2]))).to(error.dtype)
+def _backward_reference(
+    upstream: Tensor,
+    pred: Tensor,
+    clip: Tensor,
+    loss_index: Tensor,
+    statistics: Tensor,
+    patch: int,
+    tubelet: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> Tensor:
+    pixels, _ = _pixels(clip, loss_index, patch, tubelet, mean, std, statistics.dtype)
+    return (_error(pred, pixels, statistics, loss_index) * (upstream * (2 / pred.shape[2]))).to(pred.dtype)
 
 
 def _forward_native(
@@ -102,36 +123,65 @@ def _forward_native(
     std: Sequence[float],
 ) -> tuple[Tensor, Tensor, Tensor]:
     pred, clip = pred.contiguous(), clip.contiguous()
-    error = torch.empty_like(pred)
     loss_sum, count = pred.new_empty((), dtype=torch.float32), loss_index.new_empty((), dtype=torch.int64)
+    statistics = pred.new_empty(_statistics_shape(clip, loss_index), dtype=torch.float32)
     _native.extension().reconstruction_loss(
+        *_native_inputs(pred, clip, loss_index, patch, tubelet, mean, std),
+        normalize,
+        _native.address(statistics, (torch.float32,), "reconstruction_loss: statistics"),
+        _native.address(loss_sum, (torch.float32,), "reconstruction_loss: loss_sum"),
+        _native.address(count, (torch.int64,), "reconstruction_loss: count"),
+        _native.threads(),
+    )
+    return loss_sum, count, statistics
+
+
+def _backward_native(
+    upstream: Tensor,
+    pred: Tensor,
+    clip: Tensor,
+    loss_index: Tensor,
+    statistics: Tensor,
+    patch: int,
+    tubelet: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> Tensor:
+    pred, clip = pred.contiguous(), clip.contiguous()
+    grad = torch.empty_like(pred)
+    _native.extension().reconstruction_loss_backward(
+        _native.address(upstream, (torch.float32,), "reconstruction_loss_backward: upstream"),
+        *_native_inputs(pred, clip, loss_index, patch, tubelet, mean, std),
+        _native.address(statistics, (torch.float32,), "reconstruction_loss_backward: statistics"),
+        _native.address(grad, _native.FLOATS, "reconstruction_loss_backward: grad"),
+        _native.threads(),
+    )
+    return grad
+
+
+def _native_inputs(
+    pred: Tensor,
+    clip: Tensor,
+    loss_index: Tensor,
+    patch: int,
+    tubelet: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> tuple[Any, ...]:
+    """What both native kernels read; `pred` and `clip` are contiguous."""
+    return (
         _native.address(pred, _native.FLOATS, "reconstruction_loss: pred [B, L, K]"),
         _native.code(pred.dtype),
         _native.address(clip, (torch.uint8, *_native.FLOATS), "reconstruction_loss: clip"),
         _native.code(clip.dtype),
         *clip_shape(clip), tubelet, patch,
         _native.address(loss_index, (torch.int32,), "reconstruction_loss: loss_index [B, L]"),
-        loss_index.shape[1], normalize, list(mean), list(std),
-        _native.address(error, (pred.dtype,), "reconstruction_loss: error"),
-        _native.address(loss_sum, (torch.float32,), "reconstruction_loss: loss_sum"),
-        _native.address(count, (torch.int64,), "reconstruction_loss: count"),
-        _native.threads(),
+        loss_index.shape[1], list(mean), list(std),
     )  # fmt: skip
-    return loss_sum, count, error
 
 
-def _backward_native(error: Tensor, upstream: Tensor) -> Tensor:
-    grad = torch.empty_like(error)
-    _native.extension().reconstruction_loss_backward(
-        _native.address(error, _native.FLOATS, "reconstruction_loss_backward: error"),
-        _native.code(error.dtype),
-        error.numel(),
-        _native.address(upstream, (torch.float32,), "reconstruction_loss_backward: upstream"),
-        2 / error.shape[2],
-        _native.address(grad, _native.FLOATS, "reconstruction_loss_backward: grad"),
-        _native.threads(),
-    )
-    return grad
+def _statistics_shape(clip: Tensor, loss_index: Tensor) -> tuple[int, int, int, int]:
+    return (*loss_index.shape, 2, clip_shape(clip)[4])
 
 
 register_backends("reconstruction_loss", _forward_reference, native=_forward_native)
@@ -144,22 +194,29 @@ def _body(pred: Tensor, clip: Tensor, loss_index: Tensor, *arguments: Any) -> tu
 
 
 def _fake(pred: Tensor, clip: Tensor, loss_index: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    loss_sum = pred.new_empty((), dtype=_compute_dtype(pred, clip))
-    return loss_sum, loss_index.new_empty((), dtype=torch.int64), pred.new_empty(pred.shape)
+    kind = _compute_dtype(pred, clip)
+    statistics = pred.new_empty(_statistics_shape(clip, loss_index), dtype=kind)
+    return pred.new_empty((), dtype=kind), loss_index.new_empty((), dtype=torch.int64), statistics
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    pred, clip = inputs[:2]
+    pred, clip, loss_index, patch, tubelet, _, mean, std = inputs
     ctx.mark_non_differentiable(output[1], output[2])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(output[2])
+    ctx.save_for_backward(pred, clip, loss_index, output[2])
+    ctx.arguments = patch, tubelet, mean, std
     ctx.backend = backend.pick("reconstruction_loss", pred.device, pred.dtype, clip.dtype)
 
 
 def _autograd(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Any, ...]:
     if upstream is None:
         return (None,) * 8
-    return _loss_backward(ctx.saved_tensors[0], upstream, ctx.backend), *(None,) * 7
+    return _loss_backward(upstream, *ctx.saved_tensors, *ctx.arguments, ctx.backend), *(None,) * 7
+
+
+def _backward_body(upstream: Tensor, pred: Tensor, clip: Tensor, loss_index: Tensor, *arguments: Any) -> Tensor:
+    *given, name = arguments
+    return backend.run("reconstruction_loss_backward", name, upstream, pred, clip, loss_index.contiguous(), *given)
 
 
 _loss = define(
@@ -171,9 +228,10 @@ _loss = define(
     setup_context=_setup,
 )
 _loss_backward = define(
-    "reconstruction_loss_backward(Tensor error, Tensor upstream, str backend) -> Tensor",
-    lambda error, upstream, name: backend.run("reconstruction_loss_backward", name, error.contiguous(), upstream.contiguous()),
-    lambda error, upstream, name: error.new_empty(error.shape),
+    "reconstruction_loss_backward(Tensor upstream, Tensor pred, Tensor clip, Tensor loss_index, Tensor statistics, int patch,"
+    " int tubelet, float[] mean, float[] std, str backend) -> Tensor",
+    _backward_body,
+    lambda upstream, pred, *_: pred.new_empty(pred.shape),
 )
 
 
@@ -261,6 +319,6 @@ def patch_statistics(
     channels = check_clip(clip, patch, tubelet, "patch_statistics")[3]
     index = check_index(index, clip.shape[0], clip.device, "patch_statistics")
     statistics = _statistics(clip, mean, std, channels, "patch_statistics")
-    pixels = _pixels(clip, index, patch, tubelet, *statistics, _compute_dtype(clip))
-    variance, centre = torch.var_mean(pixels, dim=2, keepdim=True, correction=1)
-    return centre, variance.sqrt() + EPS
+    pixels, unit = _pixels(clip, index, patch, tubelet, *statistics, _compute_dtype(clip))
+    centre, factor = _centre_and_factor(pixels, unit, normalize=True).split(1, dim=2)
+    return centre / unit, 1 / (factor * unit)
