@@ -111,12 +111,12 @@ def test_unknown_backend():
 @pytest.mark.parametrize(
     ("position", "value", "message"),
     [
-        (0, torch.zeros(3, 8), r"visible must be \[B, V, D\], got \(3, 8\)"),
+        (0, torch.zeros(3, 8), r"visible must be floating point \[B, V, D\], got torch.float32 \(3, 8\)"),
         (1, torch.zeros(8), r"mask_token must be \[1, 1, 8\], got \(8,\)"),
         (2, torch.zeros(9, 7), r"position_table must be \[N, 8\], got \(9, 7\)"),
-        (3, torch.zeros(2, 4, dtype=torch.int32), r"visible_index must be \[2, 3\], got \(2, 4\)"),
-        (4, torch.zeros(3, 4, dtype=torch.int32), r"decode_index must be \[2, Nd\], got \(3, 4\)"),
-        (4, torch.zeros(2, 4, dtype=torch.bool), "decode_index must be int32 or int64, got torch.bool"),
+        (3, torch.zeros(2, 4, dtype=torch.int32), "3 visible tokens but 4 indices"),
+        (4, torch.zeros(3, 4, dtype=torch.int32), r"decode_index must be int32 \[B, K\] with B = 2, got torch.int32 \(3, 4\)"),
+        (4, torch.zeros(2, 4, dtype=torch.bool), r"decode_index must be int32 \[B, K\] with B = 2, got torch.bool"),
     ],
 )
 def test_bad_input(position, value, message):

@@ -7,6 +7,7 @@ passes the name its forward resolved.
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable
 from typing import Any
@@ -34,10 +35,26 @@ def define(
     name = schema[: schema.index("(")].strip()
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(name, body, "CompositeExplicitAutograd")
+    LIBRARY.impl(name, functools.partial(_refuse_transform, name), "FuncTorchDynamicLayerFrontMode")
     torch.library.register_fake(f"vmae2::{name}", fake, lib=LIBRARY)
-    if backward is not None:
-        torch.library.register_autograd(f"vmae2::{name}", backward, setup_context=setup_context, lib=LIBRARY)
+    if backward is None:  # without a rule autograd would go on with a gradient that silently misses a term
+        backward, setup_context = functools.partial(_refuse_gradient, name), None
+    torch.library.register_autograd(f"vmae2::{name}", backward, setup_context=setup_context, lib=LIBRARY)
     return getattr(torch.ops.vmae2, name).default
+
+
+def _refuse_gradient(name: str, *_: Any) -> Any:
+    raise RuntimeError(
+        f"vmae2::{name} has no gradient of its own: double backward is not supported. Take first derivatives only "
+        "(no create_graph=True through this op)"
+    )
+
+
+def _refuse_transform(name: str, *_: Any, **__: Any) -> Any:
+    raise RuntimeError(
+        f"vmae2::{name} does not run under torch.func transforms (vmap, grad, jvp): fold a mapped dimension into the batch, "
+        "and take gradients with autograd (backward, torch.autograd.grad)"
+    )
 
 
 def register_backends(

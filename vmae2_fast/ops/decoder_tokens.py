@@ -16,6 +16,7 @@ from torch import Tensor
 from .. import backend
 from ._half_block import statistics_dtype
 from ._register import check, define, register_backends
+from .patches import check_index
 
 
 def _output_dtype(visible: Tensor, mask_token: Tensor) -> torch.dtype:
@@ -84,23 +85,23 @@ def decoder_tokens(
     Returns:
         [B, V + Nd, D] in the wider dtype of visible and mask_token (fp32 with bf16 tokens and an fp32 parameter).
 
-    Raises ValueError on shapes or index dtypes that do not fit.
+    Raises ValueError on shapes, dtypes or devices that do not fit, IndexError (on CPU) for ids outside the table.
     """
-    check(visible.ndim == 3, f"decoder_tokens: visible must be [B, V, D], got {tuple(visible.shape)}")
+    check(
+        visible.ndim == 3 and visible.is_floating_point(),
+        f"decoder_tokens: visible must be floating point [B, V, D], got {visible.dtype} {tuple(visible.shape)}",
+    )
     b, v, d = visible.shape
     check(mask_token.shape == (1, 1, d), f"decoder_tokens: mask_token must be [1, 1, {d}], got {tuple(mask_token.shape)}")
     check(
         position_table.ndim == 2 and position_table.shape[1] == d,
         f"decoder_tokens: position_table must be [N, {d}], got {tuple(position_table.shape)}",
     )
-    check(visible_index.shape == (b, v), f"decoder_tokens: visible_index must be [{b}, {v}], got {tuple(visible_index.shape)}")
-    check(
-        decode_index.ndim == 2 and decode_index.shape[0] == b,
-        f"decoder_tokens: decode_index must be [{b}, Nd], got {tuple(decode_index.shape)}",
-    )
-    for name, index in (("visible_index", visible_index), ("decode_index", decode_index)):
-        check(index.dtype in (torch.int32, torch.int64), f"decoder_tokens: {name} must be int32 or int64, got {index.dtype}")
-    out: Tensor = _decoder_tokens(
-        visible, mask_token, position_table, visible_index.to(torch.int32), decode_index.to(torch.int32)
-    )
+    for name, tensor in (("mask_token", mask_token), ("position_table", position_table)):
+        check(tensor.device == visible.device, f"decoder_tokens: {name} is on {tensor.device}, visible on {visible.device}")
+        check(tensor.is_floating_point(), f"decoder_tokens: {name} must be floating point, got {tensor.dtype}")
+    visible_index = check_index(visible_index, b, visible.device, "decoder_tokens", "visible_index")
+    decode_index = check_index(decode_index, b, visible.device, "decoder_tokens", "decode_index")
+    check(visible_index.shape[1] == v, f"decoder_tokens: {v} visible tokens but {visible_index.shape[1]} indices")
+    out: Tensor = _decoder_tokens(visible, mask_token, position_table, visible_index, decode_index)
     return out

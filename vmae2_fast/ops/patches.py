@@ -77,7 +77,9 @@ def check_index(index: Tensor, batch: int, device: torch.device, op: str, name: 
         f"{op}: {name} must be int32 [B, K] with B = {batch}, got {index.dtype} {tuple(index.shape)}",
     )
     check(index.device == device, f"{op}: {name} is on {index.device}, the other tensors on {device}")
-    return index.to(torch.int32).contiguous()
+    if index.dtype == torch.int64:  # an id beyond int32 must stay outside the grid, not wrap around into it
+        index = index.clamp(-2, 2**31 - 1).to(torch.int32)
+    return index.contiguous()
 
 
 @functools.lru_cache(maxsize=64)
