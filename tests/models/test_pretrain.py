@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.models.tiny import clips, mask, pretrain
-from tests.support import compiles
 from vmae2_fast.models import PretrainViT, create_model
 from vmae2_fast.ops.masks import dual_mask, dual_mask_from_masks
 from vmae2_fast.ops.patches import IMAGENET_MEAN, IMAGENET_STD
 from vmae2_fast.ops.reconstruction import reconstruction_loss
+
+CAN_COMPILE = any(map(shutil.which, ("c++", "g++", "clang++")))
 
 
 def loss_of(model: PretrainViT, pred: torch.Tensor, clip: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
@@ -97,13 +100,26 @@ def test_step_reads_nothing_back_to_the_host(frames, checkpoint):
     assert all(p.grad.shape == p.shape for p in model.parameters())
 
 
-def test_compiles_as_one_graph():
+@pytest.mark.parametrize("code", [
+    "aot_eager",
+    pytest.param("inductor", marks=pytest.mark.skipif(not CAN_COMPILE, reason="inductor needs a C++ compiler")),
+])
+def test_compiles_as_one_graph(code):
+    """Clip to loss and all gradients, masks drawn inside: one graph, the numbers of eager."""
     model, clip = pretrain(), clips()
-    masks = mask(model)
-    expected = loss_of(model, model(clip, masks), clip, masks.loss_index)
-    torch.testing.assert_close(
-        compiles(lambda clip: loss_of(model, model(clip, masks), clip, masks.loss_index), clip), expected, rtol=1e-5, atol=1e-5
-    )
+    position, view = torch.arange(2), torch.zeros(2, dtype=torch.int64)
+
+    def step(clip: torch.Tensor, position: torch.Tensor, view: torch.Tensor) -> torch.Tensor:
+        masks = dual_mask(position, view, grid=model.grid, seed=3)
+        return loss_of(model, model(clip, masks), clip, masks.loss_index)
+
+    torch._dynamo.reset()
+    results = []
+    for function in (step, torch.compile(step, fullgraph=True, backend=code)):
+        loss = function(clip, position, view)
+        results.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
+    for name, eager, compiled in zip(["loss", *(n for n, _ in model.named_parameters())], *results):
+        torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def test_initial_values_follow_the_official_rules():
