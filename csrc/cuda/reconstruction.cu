@@ -145,7 +145,7 @@ __global__ void __launch_bounds__(kTokensPerBlock* kWarp, 3)
     }
   }
   __syncthreads();
-  double loss = blank(id);
+  double loss = valid ? 0.0 : blank(id);
   if (valid) {
     float centre[3], factor[3];
 #pragma unroll
