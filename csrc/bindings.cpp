@@ -4,6 +4,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <utility>
+
 #include "build_info.h"
 #include "ops.h"
 
@@ -23,6 +25,56 @@ constexpr bool kCuda =
     false;
 #endif
 
+// Where an op runs is its last argument: a number of threads in C++, the pair (device, stream) in CUDA.
+int where(int threads) { return threads; }
+
+vmae2::Queue where(const std::pair<int, uintptr_t>& queue) { return {queue.first, queue.second}; }
+
+template <class Where>
+void define_ops(py::module_& m, const std::string& suffix) {
+  using namespace vmae2;
+  using release = py::call_guard<py::gil_scoped_release>;
+
+  m.def(("dual_mask" + suffix).c_str(),
+        [](uintptr_t position, uintptr_t view, int64_t batch, int64_t frames, int64_t height, int64_t width, uint64_t seed,
+           const std::string& decoder, int64_t visible_sites, int64_t kept, int64_t decoded, int64_t loss, uintptr_t visible_index,
+           uintptr_t decode_index, uintptr_t loss_index, uintptr_t loss_slot, const Where& there) {
+          dual_mask(at<const int64_t>(position), at<const int64_t>(view), batch,
+                    {frames, height, width, seed, decoder, visible_sites, kept, decoded, loss}, at<int32_t>(visible_index),
+                    at<int32_t>(decode_index), at<int32_t>(loss_index), at<int32_t>(loss_slot), where(there));
+        },
+        release());
+
+  m.def(("gather_patches" + suffix).c_str(),
+        [](uintptr_t clip, int clip_dtype, int64_t batch, int64_t frames, int64_t height, int64_t width, int64_t channels,
+           int64_t tubelet, int64_t patch, uintptr_t index, int64_t count, const std::vector<float>& scale,
+           const std::vector<float>& shift, bool pixel_order, uintptr_t rows, int rows_dtype, const Where& there) {
+          gather_patches(at<const void>(clip), Dtype(clip_dtype), {batch, frames, height, width, channels, tubelet, patch},
+                         at<const int32_t>(index), count, scale, shift, pixel_order, at<void>(rows), Dtype(rows_dtype), where(there));
+        },
+        release());
+
+  m.def(("scatter_patches" + suffix).c_str(),
+        [](uintptr_t rows, int dtype, uintptr_t index, int64_t count, int64_t batch, int64_t frames, int64_t height,
+           int64_t width, int64_t channels, int64_t tubelet, int64_t patch, bool pixel_order, uintptr_t clip, const Where& there) {
+          scatter_patches(at<const void>(rows), Dtype(dtype), at<const int32_t>(index), count,
+                          {batch, frames, height, width, channels, tubelet, patch}, pixel_order, at<void>(clip), where(there));
+        },
+        release());
+
+  m.def(("reconstruction_loss_backward" + suffix).c_str(),
+        [](uintptr_t upstream, uintptr_t pred, int pred_dtype, uintptr_t clip, int clip_dtype, int64_t batch, int64_t frames,
+           int64_t height, int64_t width, int64_t channels, int64_t tubelet, int64_t patch, uintptr_t index, int64_t count,
+           const std::vector<float>& mean, const std::vector<float>& std, uintptr_t statistics, uintptr_t grad, const Where& there) {
+          reconstruction_loss_backward(at<const float>(upstream),
+                                       {at<const void>(pred), Dtype(pred_dtype), at<const void>(clip), Dtype(clip_dtype),
+                                        {batch, frames, height, width, channels, tubelet, patch}, at<const int32_t>(index),
+                                        count, mean, std},
+                                       at<const float>(statistics), at<void>(grad), where(there));
+        },
+        release());
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
@@ -41,33 +93,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     return info;
   });
 
-  m.def("dual_mask",
-        [](uintptr_t position, uintptr_t view, int64_t batch, int64_t frames, int64_t height, int64_t width, uint64_t seed,
-           const std::string& decoder, int64_t visible_sites, int64_t kept, int64_t decoded, int64_t loss, uintptr_t visible_index,
-           uintptr_t decode_index, uintptr_t loss_index, uintptr_t loss_slot, int threads) {
-          dual_mask(at<const int64_t>(position), at<const int64_t>(view), batch,
-                    {frames, height, width, seed, decoder, visible_sites, kept, decoded, loss}, at<int32_t>(visible_index),
-                    at<int32_t>(decode_index), at<int32_t>(loss_index), at<int32_t>(loss_slot), threads);
-        },
-        release());
-
-  m.def("gather_patches",
-        [](uintptr_t clip, int clip_dtype, int64_t batch, int64_t frames, int64_t height, int64_t width, int64_t channels,
-           int64_t tubelet, int64_t patch, uintptr_t index, int64_t count, const std::vector<float>& scale,
-           const std::vector<float>& shift, bool pixel_order, uintptr_t rows, int rows_dtype, int threads) {
-          gather_patches(at<const void>(clip), Dtype(clip_dtype), {batch, frames, height, width, channels, tubelet, patch},
-                         at<const int32_t>(index), count, scale, shift, pixel_order, at<void>(rows), Dtype(rows_dtype), threads);
-        },
-        release());
-
-  m.def("scatter_patches",
-        [](uintptr_t rows, int dtype, uintptr_t index, int64_t count, int64_t batch, int64_t frames, int64_t height,
-           int64_t width, int64_t channels, int64_t tubelet, int64_t patch, bool pixel_order, uintptr_t clip, int threads) {
-          scatter_patches(at<const void>(rows), Dtype(dtype), at<const int32_t>(index), count,
-                          {batch, frames, height, width, channels, tubelet, patch}, pixel_order, at<void>(clip), threads);
-        },
-        release());
-
+  define_ops<int>(m, "");
   m.def("reconstruction_loss",
         [](uintptr_t pred, int pred_dtype, uintptr_t clip, int clip_dtype, int64_t batch, int64_t frames, int64_t height,
            int64_t width, int64_t channels, int64_t tubelet, int64_t patch, uintptr_t index, int64_t count,
@@ -79,15 +105,19 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         },
         release());
 
-  m.def("reconstruction_loss_backward",
-        [](uintptr_t upstream, uintptr_t pred, int pred_dtype, uintptr_t clip, int clip_dtype, int64_t batch, int64_t frames,
-           int64_t height, int64_t width, int64_t channels, int64_t tubelet, int64_t patch, uintptr_t index, int64_t count,
-           const std::vector<float>& mean, const std::vector<float>& std, uintptr_t statistics, uintptr_t grad, int threads) {
-          reconstruction_loss_backward(at<const float>(upstream),
-                                       {at<const void>(pred), Dtype(pred_dtype), at<const void>(clip), Dtype(clip_dtype),
-                                        {batch, frames, height, width, channels, tubelet, patch}, at<const int32_t>(index),
-                                        count, mean, std},
-                                       at<const float>(statistics), at<void>(grad), threads);
+#ifdef VMAE2_WITH_CUDA
+  define_ops<std::pair<int, uintptr_t>>(m, "_cuda");
+  m.def("reconstruction_loss_cuda",
+        [](uintptr_t pred, int pred_dtype, uintptr_t clip, int clip_dtype, int64_t batch, int64_t frames, int64_t height,
+           int64_t width, int64_t channels, int64_t tubelet, int64_t patch, uintptr_t index, int64_t count,
+           const std::vector<float>& mean, const std::vector<float>& std, bool normalize, uintptr_t statistics,
+           uintptr_t loss_sum, uintptr_t count_out, uintptr_t scratch,
+           const std::pair<int, uintptr_t>& queue) {
+          reconstruction_loss({at<const void>(pred), Dtype(pred_dtype), at<const void>(clip), Dtype(clip_dtype),
+                               {batch, frames, height, width, channels, tubelet, patch}, at<const int32_t>(index), count, mean, std},
+                              normalize, at<float>(statistics), at<float>(loss_sum), at<int64_t>(count_out), at<double>(scratch),
+                              where(queue));
         },
         release());
+#endif
 }

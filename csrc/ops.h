@@ -1,7 +1,8 @@
-// Every native op: plain addresses, sizes and numbers; no torch, no Python. Implementations lie in cpu/<family>.cpp.
+// Every native op: plain addresses, sizes and numbers; no torch, no Python. Implementations lie in cpu/<family>.cpp and
+// cuda/<family>.cu.
 //
-// All arrays are dense and contiguous unless a comment says otherwise. Indices are checked: an id outside the grid throws
-// std::out_of_range, an argument no kernel can take std::invalid_argument, both naming the op.
+// All arrays are dense and contiguous unless a comment says otherwise. On the CPU indices are checked: an id outside the grid
+// throws std::out_of_range, an argument no kernel can take std::invalid_argument, both naming the op.
 #pragma once
 
 #include <cstdint>
@@ -57,5 +58,26 @@ void reconstruction_loss(const Reconstruction& in, bool normalize, float* statis
                          int threads);
 void reconstruction_loss_backward(const float* upstream, const Reconstruction& in, const float* statistics, void* grad,
                                   int threads);
+
+// The same ops on a GPU's memory, queued on a stream: they return at once, and throw std::runtime_error if a launch fails.
+// Looking at indices would mean waiting for them, so an id outside the grid gives NaN (scatter_patches: leaves its row out),
+// never an access outside the clip, and of rows that scatter_patches would put at one token the last wins.
+struct Queue {
+  int device;
+  uintptr_t stream;  // a cudaStream_t
+};
+
+void dual_mask(const int64_t* position, const int64_t* view, int64_t batch, const MaskPlan& plan, int32_t* visible_index,
+               int32_t* decode_index, int32_t* loss_index, int32_t* loss_slot, const Queue& queue);
+void gather_patches(const void* clip, Dtype clip_dtype, const Clip& shape, const int32_t* index, int64_t count,
+                    const std::vector<float>& scale, const std::vector<float>& shift, bool pixel_order, void* rows,
+                    Dtype rows_dtype, const Queue& queue);
+void scatter_patches(const void* rows, Dtype dtype, const int32_t* index, int64_t count, const Clip& shape, bool pixel_order,
+                     void* clip, const Queue& queue);
+// scratch: [batch * count, 2], 16-byte aligned.
+void reconstruction_loss(const Reconstruction& in, bool normalize, float* statistics, float* loss_sum, int64_t* count_out,
+                         double* scratch, const Queue& queue);
+void reconstruction_loss_backward(const float* upstream, const Reconstruction& in, const float* statistics, void* grad,
+                                  const Queue& queue);
 
 }  // namespace vmae2

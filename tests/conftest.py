@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 # Before torch starts its pools: tests are small, and threads waiting for each other cost more than they give.
 os.environ.setdefault("OMP_NUM_THREADS", "2")
@@ -15,7 +16,13 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from vmae2_fast import backend
+from tests.cuda_emulator import emulated
+from vmae2_fast import backend, ops
+
+assert ops  # all ops are known before a backend is added to some
+emulated.register()
+if os.environ.get(emulated.SANITIZE):
+    sys.modules["vmae2_fast._C"] = emulated.module()
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -1,9 +1,8 @@
 // Dual masks: see vmae2_fast/ops/masks.py for the definition of every bit.
 #include <algorithm>
 #include <array>
-#include <stdexcept>
 
-#include "../ops.h"
+#include "../mask_plan.h"
 #include "parallel.h"
 
 namespace vmae2 {
@@ -46,28 +45,14 @@ struct Stream {
   }
 };
 
-enum class Kind { running_cell, none, frame, random, tube };
-
-Kind kind_of(const std::string& name) {
-  if (name == "running_cell") return Kind::running_cell;
-  if (name == "none") return Kind::none;
-  if (name == "frame") return Kind::frame;
-  if (name == "random") return Kind::random;
-  if (name == "tube") return Kind::tube;
-  throw std::invalid_argument("dual_mask: unknown decoder mask " + name);
-}
-
 }  // namespace
 
 void dual_mask(const int64_t* position, const int64_t* view, int64_t batch, const MaskPlan& plan, int32_t* visible_index,
                int32_t* decode_index, int32_t* loss_index, int32_t* loss_slot, int threads) {
-  const Kind kind = kind_of(plan.decoder);
+  using Kind = DecoderKind;
+  const Kind kind = decoder_kind(plan.decoder);
   const int64_t sites = plan.height * plan.width, tokens = plan.frames * sites;
-  const int64_t items = kind == Kind::frame ? plan.frames : kind == Kind::random ? tokens : sites;
-  if (plan.frames < 1 || plan.height < 1 || plan.width < 1 || tokens > INT32_MAX || plan.visible_sites < 1 ||
-      plan.visible_sites > sites || plan.kept < 0 || (kind != Kind::running_cell && plan.kept > items)) {
-    throw std::invalid_argument("dual_mask: grid or counts out of range");
-  }
+  const int64_t items = decoder_items(plan, kind);
   const int64_t visible_count = plan.frames * plan.visible_sites;
   // Philox costs about as much as 16 elements of a copy; a selection visits each key a few times.
   parallel_for(batch, (sites + items) * 32 + tokens * 4, threads, [&](int64_t begin, int64_t end) {

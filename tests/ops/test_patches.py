@@ -15,7 +15,7 @@ from vmae2_fast.ops.patches import IMAGENET_MEAN, IMAGENET_STD, gather_patches, 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 BACKENDS = backends("gather_patches")
 # grid, patch, tubelet, channels
-GEOMETRIES = [((2, 3, 5), 7, 2, 3), ((1, 1, 1), 16, 2, 3), ((3, 2, 2), 4, 1, 1), ((2, 2, 3), 5, 3, 4), ((2, 2, 2), 14, 2, 3)]
+GEOMETRIES = [((2, 3, 5), 7, 2, 3), ((1, 1, 1), 16, 2, 3), ((3, 2, 2), 4, 1, 1), ((2, 2, 3), 5, 3, 4), ((2, 2, 3), 14, 2, 3)]
 
 
 def make_clip(
@@ -96,7 +96,6 @@ def test_every_byte_rounds_as_torch_rounds() -> None:
     inf, nan = float("inf"), float("nan")
     edges = [65504, 65519.9, 65520, 6e-8, 2.9e-8, 2.98e-8, 5.9e-5, 6.1e-5, 1e-40, 3.4e38, 1.00048828125, 1.00146484375, -2049]
     special = torch.tensor([0.0, -0.0, inf, -inf, nan, *edges])
-    every_token = torch.arange(65536)[None]
     every = torch.arange(65536, dtype=torch.int32).to(torch.int16)
     for name in BACKENDS:
         with backend.use_backend(name):
@@ -104,14 +103,12 @@ def test_every_byte_rounds_as_torch_rounds() -> None:
                 rows = gather_patches(clip, index, patch=16, tubelet=1, mean=[0.3], std=[0.7], dtype=dtype)
                 values = (torch.arange(256.0) * (1 / (255 * 0.7)) + -0.3 / 0.7).to(dtype)
                 assert torch.equal(rows.flatten(), values)
-                for source in (special, every.view(torch.float16).float(), torch.randn(512) * 1e-6, torch.randn(512) * 1e4):
-                    video = source.view(1, 1, -1, 1, 1)
-                    got = gather_patches(video, torch.arange(source.numel())[None], patch=1, tubelet=1, dtype=dtype).flatten()
+                sources = [special, every.view(torch.float16).float(), torch.randn(512) * 1e-6, torch.randn(512) * 1e4]
+                for source in (*sources, every.view(torch.float16), every.view(torch.bfloat16)):
+                    tubelet = min(source.numel(), 256)
+                    video, tokens = source.view(1, 1, -1, 1, 1), torch.arange(source.numel() // tubelet)[None]
+                    got = gather_patches(video, tokens, patch=1, tubelet=tubelet, dtype=dtype).flatten()
                     torch.testing.assert_close(got, source.to(dtype), rtol=0, atol=0, equal_nan=True)
-                for source in (torch.float16, torch.bfloat16):
-                    bits = every.view(source)
-                    got = gather_patches(bits.view(1, 1, -1, 1, 1), every_token, patch=1, tubelet=1, dtype=dtype).flatten()
-                    torch.testing.assert_close(got, bits.to(dtype), rtol=0, atol=0, equal_nan=True)
 
 
 def test_gather_is_the_patch_embedding_of_the_named_tokens() -> None:
@@ -252,7 +249,7 @@ def test_runs_on_fake_tensors() -> None:
         assert scatter_patches(rows, torch.empty(2, 3, dtype=torch.int32), grid=(2, 2, 2), patch=4).shape == (2, 3, 4, 8, 8)
 
 
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", [n for n in BACKENDS if n != "emulated"])  # a GPU cannot look: tests/ops/test_cuda_kernels.py
 @pytest.mark.parametrize("bad", [-2, 8, 2**31 - 1])
 def test_ids_outside_the_grid_raise(name: str, bad: int) -> None:
     index = torch.tensor([[0, 1], [2, bad]], dtype=torch.int32)

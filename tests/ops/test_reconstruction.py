@@ -18,7 +18,7 @@ from vmae2_fast.ops.reconstruction import patch_statistics, reconstruction_loss,
 BACKENDS = backends("reconstruction_loss")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # grid, patch, tubelet, channels
-GEOMETRIES = [((2, 3, 2), 7, 2, 3), ((1, 1, 1), 16, 2, 3), ((3, 2, 2), 2, 1, 1), ((2, 2, 3), 5, 3, 4)]
+GEOMETRIES = [((2, 3, 2), 7, 2, 3), ((1, 1, 1), 16, 2, 3), ((3, 2, 2), 2, 1, 1), ((2, 2, 3), 5, 3, 4), ((1, 2, 3), 14, 2, 3)]
 
 
 def make(
@@ -280,7 +280,7 @@ def test_imagenet_is_the_default_for_float_clips() -> None:
     assert not torch.equal(given, reconstruction_loss(pred, clip, index, normalize=False, **options))
 
 
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", [n for n in BACKENDS if n != "emulated"])  # a GPU cannot look: tests/ops/test_cuda_kernels.py
 def test_ids_outside_the_grid_raise(name: str) -> None:
     pred, clip, index, options = make(GEOMETRIES[0], torch.uint8, torch.float32)
     for bad in (-2, 12):

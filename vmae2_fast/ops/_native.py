@@ -23,15 +23,23 @@ def extension() -> Any:
     return module
 
 
-def threads() -> int:
-    """Threads a native CPU kernel may use: torch's own setting."""
-    return torch.get_num_threads()
-
-
 def queue(device: torch.device) -> tuple[int, int]:
     """(device number, address of torch's current stream there): where a CUDA kernel is launched. Nothing waits for it."""
     number = torch.cuda.current_device() if device.index is None else device.index
     return number, torch.cuda.current_stream(number).cuda_stream
+
+
+def in_cuda(device: torch.device) -> bool:
+    """Whether tensors on `device` are for the CUDA kernels, not for C++."""
+    return device.type == "cuda"
+
+
+def run(op: str, device: torch.device, *arguments: Any) -> None:
+    """Run a native kernel on tensors of `device`: in C++ on torch's number of threads, in CUDA on torch's current stream."""
+    if in_cuda(device):
+        getattr(extension(), f"{op}_cuda")(*arguments, queue(device))
+    else:
+        getattr(extension(), op)(*arguments, torch.get_num_threads())
 
 
 def code(dtype: torch.dtype) -> int:

@@ -192,12 +192,13 @@ def _dual_mask_native(
     plan = _plan(grid, encoder_ratio, decoder, decoder_ratio)
     out = _outputs(position, grid, encoder_ratio, decoder, decoder_ratio)
     long, int32 = (torch.int64,), (torch.int32,)
-    _native.extension().dual_mask(
+    _native.run(
+        "dual_mask",
+        position.device,
         _native.address(position, long, "dual_mask: position [B]"),
         _native.address(view, long, "dual_mask: view [B]"),
         position.shape[0], *grid, seed, decoder, *plan,
         *(_native.address(item, int32, f"dual_mask: {name}") for name, item in zip(DualMask._fields, out, strict=True)),
-        _native.threads(),
     )  # fmt: skip
     return out
 

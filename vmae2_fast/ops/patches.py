@@ -160,7 +160,9 @@ def _gather_native(
     shape = clip_shape(clip)
     clip = clip.contiguous()
     rows = clip.new_empty((*index.shape, shape[4] * tubelet * patch * patch), dtype=dtype)
-    _native.extension().gather_patches(
+    _native.run(
+        "gather_patches",
+        clip.device,
         _native.address(clip, (torch.uint8, *_native.FLOATS), "gather_patches: clip"),
         _native.code(clip.dtype),
         *shape, tubelet, patch,
@@ -168,7 +170,6 @@ def _gather_native(
         index.shape[1], list(scale), list(shift), order == "pixel",
         _native.address(rows, _native.FLOATS, "gather_patches: rows"),
         _native.code(dtype),
-        _native.threads(),
     )  # fmt: skip
     return rows
 
@@ -179,13 +180,14 @@ def _scatter_native(
     rows = rows.contiguous()
     frames, height, width = grid
     clip = rows.new_zeros(rows.shape[0], channels, frames * tubelet, height * patch, width * patch)
-    _native.extension().scatter_patches(
+    _native.run(
+        "scatter_patches",
+        rows.device,
         _native.address(rows, _native.FLOATS, "scatter_patches: rows [B, K, C*tubelet*patch*patch]"),
         _native.code(rows.dtype),
         _native.address(index, (torch.int32,), "scatter_patches: index [B, K]"),
         index.shape[1], *clip_shape(clip), tubelet, patch, order == "pixel",
         _native.address(clip, _native.FLOATS, "scatter_patches: clip"),
-        _native.threads(),
     )  # fmt: skip
     return clip
 

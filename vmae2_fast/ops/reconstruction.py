@@ -125,13 +125,19 @@ def _forward_native(
     pred, clip = pred.contiguous(), clip.contiguous()
     loss_sum, count = pred.new_empty((), dtype=torch.float32), loss_index.new_empty((), dtype=torch.int64)
     statistics = pred.new_empty(_statistics_shape(clip, loss_index), dtype=torch.float32)
-    _native.extension().reconstruction_loss(
+    scratch = []
+    if _native.in_cuda(pred.device):  # what its blocks leave for the last one to add up
+        sums = pred.new_empty((loss_index.numel(), 2), dtype=torch.float64)
+        scratch.append(_native.address(sums, (torch.float64,), "reconstruction_loss: scratch"))
+    _native.run(
+        "reconstruction_loss",
+        pred.device,
         *_native_inputs(pred, clip, loss_index, patch, tubelet, mean, std),
         normalize,
         _native.address(statistics, (torch.float32,), "reconstruction_loss: statistics"),
         _native.address(loss_sum, (torch.float32,), "reconstruction_loss: loss_sum"),
         _native.address(count, (torch.int64,), "reconstruction_loss: count"),
-        _native.threads(),
+        *scratch,
     )
     return loss_sum, count, statistics
 
@@ -149,12 +155,13 @@ def _backward_native(
 ) -> Tensor:
     pred, clip = pred.contiguous(), clip.contiguous()
     grad = torch.empty_like(pred)
-    _native.extension().reconstruction_loss_backward(
+    _native.run(
+        "reconstruction_loss_backward",
+        pred.device,
         _native.address(upstream, (torch.float32,), "reconstruction_loss_backward: upstream"),
         *_native_inputs(pred, clip, loss_index, patch, tubelet, mean, std),
         _native.address(statistics, (torch.float32,), "reconstruction_loss_backward: statistics"),
         _native.address(grad, _native.FLOATS, "reconstruction_loss_backward: grad"),
-        _native.threads(),
     )
     return grad
 
