@@ -186,11 +186,11 @@ def dual_mask(
 
 
 def aot_configurations() -> list[Configuration]:
-    """The launches of the published models: grids of patch 16, patch 14 and a larger picture, all five decoder masks."""
+    """The launches of the published models: all five decoder masks of patch 14, the default one of patch 16, a large grid."""
     found = []
     position = torch.zeros(1, dtype=torch.int64)
-    for grid in ((8, 14, 14), (8, 16, 16), (8, 24, 24)):
-        for decoder in KINDS:
-            name = f"dual_mask {decoder} {'x'.join(map(str, grid))}"
-            found += configurations(name, dual_mask, position, position, grid, 1, 0.9, decoder, 0.5)
+    wanted = [((8, 14, 14), "running_cell"), *(((8, 16, 16), kind) for kind in KINDS)]
+    for grid, decoder in [*wanted, ((8, 24, 24), "running_cell"), ((8, 24, 24), "random")]:
+        name = f"dual_mask {decoder} {'x'.join(map(str, grid))}"
+        found += configurations(name, dual_mask, position, position, grid, 1, 0.9, decoder, 0.5)
     return found

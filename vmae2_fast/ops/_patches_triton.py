@@ -170,6 +170,11 @@ def tiles(clip: Tensor, patch: int, tubelet: int) -> dict[str, int]:
     return {"ALIGNED": aligned, "LINES": lines, "WIDTH": width, "TILES": -(-tubelet * patch // lines)}
 
 
+def _warps(values: int, dtype: torch.dtype) -> int:
+    """Warps that store `values` 16 bytes a thread, within what keeps registers few and a multiprocessor full."""
+    return min(8, max(2, values * dtype.itemsize // (16 * 32)))
+
+
 def clip_strides(clip: Tensor) -> tuple[int, ...]:
     """(clip, frame, line) strides of a uint8 clip, (clip, channel, frame, line) ones of a floating-point clip."""
     _, t, h, w, c = clip_shape(clip)
@@ -207,11 +212,14 @@ def gather(
         launch(
             _gather_bytes_kernel, index.numel() * constants["TILES"],
             clip, index, rows, tuple(scale), tuple(shift), *arguments, **geometry, **constants, VALUES=values,
-            warps=4 if constants["LINES"] * constants["WIDTH"] <= 4096 else 8,
+            warps=_warps(values, dtype),
         )  # fmt: skip
     else:
         programs = index.numel() * triton.cdiv(rows.shape[2], BLOCK)
-        launch(_gather_floats_kernel, programs, clip, index, rows, *arguments, **geometry, BLOCK=BLOCK)
+        launch(
+            _gather_floats_kernel, programs, clip, index, rows, *arguments, **geometry,
+            BLOCK=BLOCK, warps=_warps(BLOCK, dtype),
+        )  # fmt: skip
     return rows
 
 
@@ -228,7 +236,8 @@ def scatter(
     launch(
         _scatter_kernel, index.numel() * triton.cdiv(rows.shape[2], BLOCK),
         rows, index, clip, index.shape[1], frames * height * width, height, width, *clip_strides(clip),
-        PIXEL_ORDER=order == "pixel", DEPTH=tubelet, PATCH=patch, PIXEL=channels, BLOCK=BLOCK,
+        PIXEL_ORDER=order == "pixel", DEPTH=tubelet, PATCH=patch, PIXEL=channels,
+        BLOCK=BLOCK, warps=_warps(BLOCK, rows.dtype),
     )  # fmt: skip
     return clip
 
@@ -248,29 +257,30 @@ def _check_distinct(index: Tensor) -> None:
 def aot_configurations() -> list[Configuration]:
     """The launches of the published models (patch 16 and 14), every dtype, and what the layouts in between need."""
     found: list[Configuration] = []
-
-    def add(clip: Tensor, patch: int, dtype: torch.dtype, order: str, tubelet: int = 2) -> None:
-        index = torch.zeros(clip.shape[0], 208, dtype=torch.int32)
-        c = clip_shape(clip)[4]
-        shape = "x".join(map(str, clip.shape))
+    rgb = torch.zeros(1, 16, 224, 224, 3, dtype=torch.uint8)
+    gathered: list[tuple[Tensor, int, int, torch.dtype, str]] = [
+        *((rgb, patch, 2, dtype, "conv") for patch in (16, 14) for dtype in (torch.float32, torch.bfloat16)),
+        (rgb, 16, 2, torch.float16, "conv"),
+        (rgb, 14, 2, torch.float32, "pixel"),
+        (rgb, 16, 2, torch.bfloat16, "pixel"),
+        (rgb, 16, 4, torch.bfloat16, "conv"),
+        (rgb[:, :, :, :210], 14, 2, torch.bfloat16, "conv"),  # lines that start on any byte
+        (torch.zeros(1, 4, 64, 64, 16, dtype=torch.uint8), 16, 1, torch.bfloat16, "conv"),
+        (torch.zeros(1, 3, 16, 224, 224), 16, 2, torch.float32, "conv"),
+        (torch.zeros(1, 3, 16, 224, 224, dtype=torch.bfloat16), 16, 2, torch.bfloat16, "pixel"),
+        (torch.zeros(1, 3, 16, 224, 224, dtype=torch.float16), 14, 2, torch.float16, "conv"),
+    ]
+    for clip, patch, tubelet, dtype, order in gathered:
+        channels, shape = clip_shape(clip)[4], "x".join(map(str, clip.shape))
+        index = torch.zeros(1, 208, dtype=torch.int32)
         name = f"gather_patches {str(clip.dtype)[6:]} {shape} -> {str(dtype)[6:]} {order} patch {tubelet}x{patch}"
-        found.extend(configurations(name, gather, clip, index, patch, tubelet, [1.0] * c, [0.0] * c, dtype, order))
-
-    bytes_ = torch.zeros(1, 16, 224, 224, 3, dtype=torch.uint8)
-    for patch in (16, 14):
-        for order in ("conv", "pixel"):
-            for dtype in _native.FLOATS:
-                add(bytes_, patch, dtype, order)
-                add(torch.zeros(1, 3, 16, 224, 224, dtype=dtype), patch, dtype, order)
-    add(bytes_[:, :, :, :210], 14, torch.bfloat16, "conv")  # lines that start anywhere
-    add(bytes_, 16, torch.bfloat16, "conv", tubelet=4)
-    add(torch.zeros(1, 8, 64, 64, 16, dtype=torch.uint8), 16, torch.float32, "conv", tubelet=1)
-    for patch in (16, 14):
-        for order in ("conv", "pixel"):
-            for dtype in _native.FLOATS:
-                rows = torch.zeros(1, 208, 6 * patch * patch, dtype=dtype)
-                index = torch.arange(208, dtype=torch.int32)[None]
-                name = f"scatter_patches {str(dtype)[6:]} {order} patch 2x{patch}"
-                grid = (8, 224 // patch, 224 // patch)
-                found.extend(configurations(name, scatter, rows, index, grid, patch, 2, 3, order))
+        arguments = patch, tubelet, [1.0] * channels, [0.0] * channels, dtype, order
+        found += configurations(name, gather, clip, index, *arguments)
+    scattered = [(16, torch.float32, "pixel"), (14, torch.bfloat16, "pixel"), (16, torch.bfloat16, "conv")]
+    for patch, dtype, order in [*scattered, (14, torch.float32, "conv"), (16, torch.float16, "conv")]:
+        rows = torch.zeros(1, 208, 6 * patch * patch, dtype=dtype)
+        grid = 8, 224 // patch, 224 // patch
+        index = torch.arange(208, dtype=torch.int32)[None]
+        name = f"scatter_patches {str(dtype)[6:]} {order} patch 2x{patch}"
+        found += configurations(name, scatter, rows, index, grid, patch, 2, 3, order)
     return found
