@@ -172,7 +172,7 @@ def tiles(clip: Tensor, patch: int, tubelet: int) -> dict[str, int]:
 
 def _warps(values: int, dtype: torch.dtype) -> int:
     """Warps that store `values` 16 bytes a thread, within what keeps registers few and a multiprocessor full."""
-    return min(8, max(2, values * dtype.itemsize // (16 * 32)))
+    return min(4 if values <= 4096 else 8, max(2, values * dtype.itemsize // (16 * 32)))
 
 
 def clip_strides(clip: Tensor) -> tuple[int, ...]:

@@ -88,6 +88,8 @@ def _loss_kernel(
     j = tl.arange(0, VALUES)
     channel = j % (PATCH * PIXEL) % PIXEL
     n: tl.constexpr = DEPTH * PATCH * PATCH
+    # A sum of squares of n bytes may leave int32.
+    kind: tl.constexpr = (tl.int32 if n < 2**15 else tl.int64) if BYTES else tl.float32
     statistics_ptr += row.to(tl.int64) * (2 * PIXEL)
     centre = tl.zeros([VALUES], tl.float32)
     factor = tl.full([VALUES], 1 / 255 if BYTES else 1.0, tl.float32)
@@ -95,8 +97,6 @@ def _loss_kernel(
         middle = 0.0
         scale = 1 / 255 if BYTES else 1.0
         if NORMALIZE:
-            # A sum of squares of n bytes may leave int32.
-            kind: tl.constexpr = (tl.int32 if n < 2**15 else tl.int64) if BYTES else tl.float32
             chosen = tl.where(real & (channel == c), pixels, 0.0).to(kind)
             total = tl.sum(chosen)
             square = tl.sum(chosen * chosen) if BYTES else 0.0
