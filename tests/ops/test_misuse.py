@@ -71,6 +71,23 @@ def test_double_backward(op: str, name: str) -> None:
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(("op", "name"), runs())
+def test_backward_runs_what_the_forward_chose(op: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The choice ends with its `with` block; the backward, outside of it and in another thread, keeps to it."""
+    function, x = DIFFERENTIABLE[op]
+    ran: list[tuple[str, str]] = []
+    run = backend.run
+    monkeypatch.setattr(backend, "run", lambda which, how, *args: (ran.append((which, how)), run(which, how, *args))[1])
+    with backend.use_backend(f"{op}={name}"):
+        out = function(x).square().sum()
+    (grad,) = torch.autograd.grad(out, x)
+    assert ran
+    assert {how for _, how in ran} == {name}
+    with backend.use_backend("reference"):
+        (expected,) = torch.autograd.grad(function(x).square().sum(), x)
+    torch.testing.assert_close(grad, expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("op", DIFFERENTIABLE)
 def test_functorch_transforms_are_refused(op: str) -> None:
     function, x = DIFFERENTIABLE[op]
