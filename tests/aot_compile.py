@@ -15,6 +15,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -61,15 +62,15 @@ def _read(binary: Any) -> dict[str, Any]:
     """Resources and memory accesses of a compiled kernel."""
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     environment = {**os.environ, "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}"}
-
-    def dump(option: str, cubin: Path) -> str:
-        command = [str(tools / "cuobjdump"), option, str(cubin)]
-        return subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
-
-    cubin = Path(triton.knobs.cache.dir) / binary.hash / "kernel.cubin"
-    cubin.parent.mkdir(parents=True, exist_ok=True)
-    cubin.write_bytes(binary.asm["cubin"])
-    usage, sass = dump("-res-usage", cubin), dump("-sass", cubin)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(binary.asm["cubin"])
+        cubin.flush()
+        usage, sass = (
+            subprocess.run(
+                [str(tools / "cuobjdump"), option, cubin.name], env=environment, check=True, capture_output=True, text=True
+            ).stdout
+            for option in ("-res-usage", "-sass")
+        )
     registers, stack = (int(re.search(rf"{what}:(\d+)", usage)[1]) for what in ("REG", "STACK"))
 
     def widest(instruction: str) -> int:
@@ -85,31 +86,30 @@ def _read(binary: Any) -> dict[str, Any]:
     }
 
 
+_all: list[tuple[Any, ...]] = []  # of this process: kernels do not travel between processes, positions in the list do
+
+
+def _start() -> None:
+    _all.extend(configurations())
+
+
 def _one(arguments: tuple[str, int, int]) -> dict[str, Any]:
     folder, position, arch = arguments
-    configuration = configurations()[position] if _ALL is None else _ALL[position]
-    name, kernel, *rest = configuration
+    name, kernel, *rest = _all[position]
     key = json.dumps([name, kernel.cache_key, repr(rest), arch, triton.__version__, Path(__file__).read_text()])
     kept = Path(folder) / f"{hashlib.sha256(key.encode()).hexdigest()}.json"
     if not kept.exists():
         kept.parent.mkdir(parents=True, exist_ok=True)
         part = kept.with_suffix(f".{os.getpid()}")
-        part.write_text(json.dumps(_compile(configuration, arch)))
+        part.write_text(json.dumps(_compile(_all[position], arch)))
         part.replace(kept)
-    return json.loads(kept.read_text())
-
-
-_ALL: list[tuple[Any, ...]] | None = None
-
-
-def _start() -> None:
-    global _ALL
-    _ALL = configurations()
+    result: dict[str, Any] = json.loads(kept.read_text())
+    return result
 
 
 def main(folder: str, *archs: str) -> None:
     _start()
-    work = [(folder, position, int(arch)) for position in range(len(_ALL or ())) for arch in archs]
+    work = [(folder, position, int(arch)) for position in range(len(_all)) for arch in archs]
     with ProcessPoolExecutor(os.cpu_count(), get_context("spawn"), _start) as pool:
         for result in pool.map(_one, work):
             print(json.dumps(result), flush=True)

@@ -25,7 +25,8 @@ SPAN = 128  # rows a program sums
 
 @triton.jit
 def _assemble_kernel(
-    visible_ptr, mask_ptr, table_ptr, visible_index_ptr, decode_index_ptr, out_ptr, rows, tokens, visible_tokens, table_rows, D,
+    visible_ptr, mask_ptr, table_ptr, visible_index_ptr, decode_index_ptr, out_ptr,
+    rows, tokens, visible_tokens, table_rows, D,
     BLOCKS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) // BLOCKS * ROWS + tl.arange(0, ROWS)

@@ -8,8 +8,6 @@ Lists are written front to back, frame by frame, at positions from a prefix sum.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl

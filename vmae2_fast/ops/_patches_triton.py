@@ -14,7 +14,6 @@ scatter leaves the row out. Two rows for one token: on the CPU a ValueError; on 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import triton
@@ -223,9 +222,7 @@ def gather(
     return rows
 
 
-def scatter(
-    rows: Tensor, index: Tensor, grid: Sequence[int], patch: int, tubelet: int, channels: int, order: str
-) -> Tensor:
+def scatter(rows: Tensor, index: Tensor, grid: Sequence[int], patch: int, tubelet: int, channels: int, order: str) -> Tensor:
     """Launch for `patches.scatter_patches`."""
     rows = operand(rows, _native.FLOATS, "scatter_patches: rows [B, K, C*tubelet*patch*patch]")
     index = operand(index, (torch.int32,), "scatter_patches: index [B, K]")
@@ -249,9 +246,7 @@ def _check_distinct(index: Tensor) -> None:
     twice = (ids[:, 1:] == ids[:, :-1]) & (ids[:, 1:] >= 0)
     if bool(twice.any()):
         b, k = (int(v) for v in twice.nonzero()[0])
-        raise ValueError(
-            f"scatter_patches: index[{b}] holds token {int(ids[b, k])} twice; indices of a row must be distinct"
-        )
+        raise ValueError(f"scatter_patches: index[{b}] holds token {int(ids[b, k])} twice; indices of a row must be distinct")
 
 
 def aot_configurations() -> list[Configuration]:

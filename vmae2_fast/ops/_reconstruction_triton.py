@@ -99,7 +99,8 @@ def _loss_kernel(
         if NORMALIZE:
             chosen = tl.where(real & (channel == c), pixels, 0.0).to(kind)
             total = tl.sum(chosen)
-            square = tl.sum(chosen * chosen) if BYTES else 0.0
+            if BYTES:
+                square = tl.sum(chosen * chosen)
             for tile in range(1, TILES):
                 more, more_real = _pixels(
                     clip_ptr, corner, tile * LINES, use, mean, std, channel_stride, frame_stride, line_stride,
