@@ -8,12 +8,13 @@ OUT ?= runs/demo
 NATIVE := $(if $(shell command -v c++ || command -v g++ || command -v clang++),require,auto)
 SOURCES := setup.py pyproject.toml CMakeLists.txt constraints.txt $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/*)
 
-.PHONY: help demo test lint bench gpu-check clean
+.PHONY: help demo test lint aot bench gpu-check clean
 help:
 	@echo "make demo               progressive training on encoded video, report in $(OUT)/report.html"
 	@echo "make demo CLIPS=DIR     the same on a folder of labelled videos, in runs/clips"
 	@echo "make test               the test suite"
 	@echo "make lint               ruff and mypy"
+	@echo "make aot                GPU kernels compiled for every architecture, without a GPU; prints their resources"
 	@echo "make bench              microbenchmarks beside the honest alternatives"
 	@echo "make gpu-check          everything that needs a GPU, with the running interpreter; needs no network"
 	@echo "make clean              remove builds and caches, keep runs"
@@ -42,6 +43,9 @@ test: $(VENV)/.dev
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy vmae2_fast recipes
+
+aot: $(VENV)/.dev
+	VMAE2_AOT=all $(BIN)/python -m pytest -q -s tests/test_aot.py
 
 clean:
 	rm -rf build dist *.egg-info vmae2_fast/_C*.so .pytest_cache .mypy_cache .ruff_cache

@@ -50,6 +50,14 @@ def backends(op: str, device: str = "cpu") -> list[str]:
     return backend.available(op, device)
 
 
+def cases(op: str, values: Sequence[Any], interpreted: Sequence[Any]) -> list[tuple[str, Any]]:
+    """(backend, value) for a parametrised test: all values, but few and small ones for Triton.
+
+    Where there is no GPU its kernels run in an interpreter that takes some hundredth of a second for each program.
+    """
+    return [(name, value) for name in backends(op) for value in (interpreted if name == "triton" else values)]
+
+
 def compiles(function: Callable[..., Any], *arguments: Any) -> Any:
     """The result of `function` compiled as one graph, without a code generator behind it."""
     torch._dynamo.reset()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from tests.support import assert_within_budget, awkward, backends, compiles, expanded, opcheck, random_index
+from tests.support import assert_within_budget, awkward, backends, cases, compiles, expanded, opcheck, random_index
 from vmae2_fast import backend
 from vmae2_fast.ops.patches import IMAGENET_MEAN, IMAGENET_STD, scatter_patches
 from vmae2_fast.ops.reconstruction import patch_statistics, reconstruction_loss, reconstruction_loss_reference
@@ -19,6 +19,9 @@ BACKENDS = backends("reconstruction_loss")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # grid, patch, tubelet, channels
 GEOMETRIES = [((2, 3, 2), 7, 2, 3), ((1, 1, 1), 16, 2, 3), ((3, 2, 2), 2, 1, 1), ((2, 2, 3), 5, 3, 4), ((1, 2, 3), 14, 2, 3)]
+SMALL = ((1, 2, 1), 5, 2, 3)
+KINDS = [(g, clip, pred) for g in GEOMETRIES for clip in (torch.uint8, *DTYPES) for pred in DTYPES]
+INTERPRETED = [(SMALL, torch.uint8, pred) for pred in DTYPES] + [(GEOMETRIES[1], kind, kind) for kind in DTYPES]
 
 
 def make(
@@ -71,38 +74,51 @@ def naive(pred: Tensor, clip: Tensor, index: Tensor, options: dict, normalize: b
 
 
 @pytest.mark.parametrize("normalize", [True, False], ids=["normalised", "raw"])
-@pytest.mark.parametrize("pred_dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("clip_dtype", [torch.uint8, *DTYPES], ids=str)
-@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
-@pytest.mark.parametrize("name", BACKENDS)
-def test_loss_and_gradient(
-    name: str, geometry: tuple, clip_dtype: torch.dtype, pred_dtype: torch.dtype, normalize: bool
+@pytest.mark.parametrize(("name", "kind"), cases("reconstruction_loss", KINDS, INTERPRETED), ids=str)
+def test_loss_and_gradient(name: str, kind: tuple, normalize: bool) -> None:
+    check_loss_and_gradient(name, *make(*kind), normalize)
+
+
+def check_loss_and_gradient(
+    name: str, pred: Tensor, clip: Tensor, index: Tensor, options: dict, normalize: bool, device: str = "cpu"
 ) -> None:
-    pred, clip, index, options = make(geometry, clip_dtype, pred_dtype)
     results = []
     exact = pred.double().requires_grad_()
     truth = definition(exact, clip, index, options, normalize=normalize)
     (truth * 3.7).backward()
     for run in ("op", "naive"):
-        leaf = pred.clone().requires_grad_()
+        leaf = pred.to(device, copy=True).requires_grad_()
         with backend.use_backend(name):
             if run == "op":
-                loss = reconstruction_loss(leaf, clip, index, normalize=normalize, **options)
+                loss = reconstruction_loss(leaf, clip.to(device), index.to(device), normalize=normalize, **options)
             else:
-                loss = naive(leaf, clip, index, options, normalize)
+                loss = naive(leaf, clip.to(device), index.to(device), options, normalize)
             (loss * 3.7).backward()
-        results.append((loss, leaf.grad))
+        results.append((loss.cpu(), leaf.grad.cpu()))
     (loss, grad), (plain, plain_grad) = results
     assert loss.dtype == torch.float32
     assert_within_budget(loss, plain, truth, "loss")
-    assert grad.dtype == pred_dtype
+    assert grad.dtype == pred.dtype
     assert_within_budget(grad, plain_grad, exact.grad, "gradient")
     assert not grad[index < 0].any()
 
 
+@pytest.mark.skipif("triton" not in BACKENDS, reason="no Triton")
+@pytest.mark.parametrize("clip_dtype", [torch.uint8, torch.float32], ids=str)
+def test_triton_takes_a_large_patch_in_tiles(clip_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vmae2_fast.ops import _patches_triton, _reconstruction_triton
+
+    monkeypatch.setattr(_patches_triton, "MOST_BYTES", 64)
+    monkeypatch.setattr(_reconstruction_triton, "MOST_VALUES", 64)
+    pred, clip, index, options = make(SMALL, clip_dtype, torch.float32)
+    constants = _reconstruction_triton._inputs(pred, clip, index, 5, 2, [0.0] * 3, [1.0] * 3)[2]
+    assert constants["TILES"] == 3
+    check_loss_and_gradient("triton", pred, clip, index, options, True)
+
+
 @pytest.mark.parametrize("name", BACKENDS)
 def test_padded_rows_do_not_count(name: str) -> None:
-    pred, clip, index, options = make(GEOMETRIES[0], torch.uint8, torch.float32, padding=2)
+    pred, clip, index, options = make(SMALL, torch.uint8, torch.float32, padding=2)
     dirty = pred.clone()
     dirty[:, -2:] = float("nan")
     with backend.use_backend(name):
@@ -116,7 +132,7 @@ def test_padded_rows_do_not_count(name: str) -> None:
 
 @pytest.mark.parametrize("name", BACKENDS)
 def test_a_nan_in_a_loss_token_shows(name: str) -> None:
-    pred, clip, index, options = make(GEOMETRIES[0], torch.uint8, torch.float32)
+    pred, clip, index, options = make(SMALL, torch.uint8, torch.float32)
     pred[1, 0, 5] = float("nan")
     with backend.use_backend(name):
         assert torch.isnan(reconstruction_loss(pred, clip, index, **options))
@@ -124,11 +140,11 @@ def test_a_nan_in_a_loss_token_shows(name: str) -> None:
 
 @pytest.mark.parametrize("name", BACKENDS)
 def test_denominators_and_sum(name: str) -> None:
-    pred, clip, index, options = make(GEOMETRIES[0], torch.uint8, torch.float32, padding=2)
+    pred, clip, index, options = make(SMALL, torch.uint8, torch.float32, padding=2)
     with backend.use_backend(name):
         mean = reconstruction_loss(pred, clip, index, **options)
         total, count = reconstruction_loss(pred, clip, index, reduction="sum", **options)
-        assert int(count) == int((index >= 0).sum()) == 18
+        assert int(count) == int((index >= 0).sum()) == 3
         assert torch.equal(mean, total / count)
         paper = reconstruction_loss(pred, clip, index, denominator="paper", decoded=10, **options)
         assert torch.equal(paper, total / 30)
@@ -172,7 +188,7 @@ for threads in map(int, sys.argv[1:]):
 @pytest.mark.parametrize("name", BACKENDS)
 def test_memory_layouts(name: str) -> None:
     for clip_dtype in (torch.uint8, torch.float32):
-        pred, clip, index, options = make(GEOMETRIES[0], clip_dtype, torch.float32)
+        pred, clip, index, options = make(SMALL, clip_dtype, torch.float32)
         with backend.use_backend(name):
             expected = reconstruction_loss(pred, clip, index, **options)
             for layout, other in awkward(pred):
@@ -190,7 +206,7 @@ def test_memory_layouts(name: str) -> None:
 @pytest.mark.parametrize("name", BACKENDS)
 def test_autocast_changes_nothing(name: str) -> None:
     for pred_dtype in (torch.float32, torch.bfloat16):
-        pred, clip, index, options = make(GEOMETRIES[0], torch.uint8, pred_dtype)
+        pred, clip, index, options = make(SMALL, torch.uint8, pred_dtype)
         results = []
         for enabled in (False, True):
             leaf = pred.clone().requires_grad_()
@@ -211,7 +227,7 @@ def test_gradcheck() -> None:
 @pytest.mark.parametrize("name", BACKENDS)
 def test_opcheck(name: str) -> None:
     for clip_dtype in (torch.uint8, torch.float32):
-        pred, clip, index, options = make(GEOMETRIES[2], clip_dtype, torch.float32)
+        pred, clip, index, options = make(((1, 2, 1), 2, 1, 1), clip_dtype, torch.float32)
         statistics = options.get("mean", [0.0]), options.get("std", [1.0])
         with backend.use_backend(name):
             arguments = (pred.requires_grad_(), clip, index, options["patch"], options["tubelet"], True, *statistics)
@@ -308,3 +324,27 @@ def test_rejects(change: dict, message: str) -> None:
     pred, clip, index, options = make(GEOMETRIES[0], torch.uint8, torch.float32)
     with pytest.raises(ValueError, match=message):
         reconstruction_loss(**{"pred": pred, "clip": clip, "loss_index": index, **options, **change})
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("normalize", [True, False], ids=["normalised", "raw"])
+@pytest.mark.parametrize("kind", [*KINDS, (((4, 14, 14), 16, 2, 3), torch.uint8, torch.bfloat16)], ids=str)
+@pytest.mark.parametrize("name", backends("reconstruction_loss", "cuda"))
+def test_cuda_loss_and_gradient(name: str, kind: tuple, normalize: bool) -> None:
+    check_loss_and_gradient(name, *make(*kind), normalize, "cuda")
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("name", [n for n in backends("reconstruction_loss", "cuda") if n != "reference"])
+def test_cuda_marks_ids_outside_the_grid(name: str) -> None:
+    """No illegal access and no synchronisation: the loss and the token's gradient are NaN."""
+    pred, clip, index, options = make(GEOMETRIES[0], torch.uint8, torch.float32)
+    for bad in (-2, 12):
+        index[2, 0] = bad
+        leaf = pred.cuda().requires_grad_()
+        with backend.use_backend(name):
+            loss = reconstruction_loss(leaf, clip.cuda(), index.cuda(), **options)
+            loss.backward()
+        assert loss.isnan()
+        assert leaf.grad[2, 0].isnan().all()
+        assert torch.isfinite(leaf.grad[:2]).all()

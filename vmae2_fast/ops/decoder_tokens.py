@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import backend
 from ._half_block import statistics_dtype
-from ._register import check, define, register_backends
+from ._register import check, define, kernel, register_backends
 from .patches import check_index
 
 
@@ -35,7 +35,17 @@ def _reference(
     return out.to(dtype)
 
 
-register_backends("decoder_tokens", _reference)
+def _column_sum_reference(grad: Tensor, visible_tokens: int) -> Tensor:
+    return grad[:, visible_tokens:].sum((0, 1), dtype=statistics_dtype(grad.dtype))[None, None]
+
+
+register_backends("decoder_tokens", _reference, triton=kernel("_decoder_tokens_triton", "assemble"))
+register_backends("decoder_tokens_backward", _column_sum_reference, triton=kernel("_decoder_tokens_triton", "column_sum"))
+
+
+def _body(visible: Tensor, mask_token: Tensor, position_table: Tensor, *index: Tensor) -> Tensor:
+    name = backend.pick("decoder_tokens", visible.device, visible.dtype, mask_token.dtype, position_table.dtype)
+    return backend.run("decoder_tokens", name, visible, mask_token, position_table, *index)
 
 
 def _fake(visible: Tensor, mask_token: Tensor, position_table: Tensor, visible_index: Tensor, decode_index: Tensor) -> Tensor:
@@ -44,9 +54,10 @@ def _fake(visible: Tensor, mask_token: Tensor, position_table: Tensor, visible_i
 
 
 def _save(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-    visible, mask_token = inputs[:2]
+    visible, mask_token, table = inputs[:3]
     ctx.visible_tokens, ctx.visible_dtype = visible.shape[1], visible.dtype
     ctx.mask_token_dtype = mask_token.dtype
+    ctx.backend = backend.pick("decoder_tokens", visible.device, visible.dtype, mask_token.dtype, table.dtype)
 
 
 def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -54,19 +65,34 @@ def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if ctx.needs_input_grad[0]:
         dvisible = grad[:, : ctx.visible_tokens].to(ctx.visible_dtype)
     if ctx.needs_input_grad[1]:
-        dmask = (
-            grad[:, ctx.visible_tokens :].sum((0, 1), dtype=statistics_dtype(grad.dtype)).to(ctx.mask_token_dtype)[None, None]
-        )
+        dmask = _column_sum(grad, ctx.visible_tokens, ctx.backend).to(ctx.mask_token_dtype)
     return dvisible, dmask, None, None, None
+
+
+def _column_sum_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.shape, ctx.dtype, ctx.visible_tokens = inputs[0].shape, inputs[0].dtype, inputs[1]
+
+
+def _column_sum_autograd(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+    b, tokens, d = ctx.shape
+    hidden = upstream.to(ctx.dtype).expand(b, tokens - ctx.visible_tokens, d)
+    return torch.cat((hidden.new_zeros(b, ctx.visible_tokens, d), hidden), dim=1), None, None
 
 
 _decoder_tokens = define(
     "decoder_tokens(Tensor visible, Tensor mask_token, Tensor position_table, Tensor visible_index, Tensor decode_index) "
     "-> Tensor",
-    lambda visible, *rest: backend.run("decoder_tokens", backend.pick("decoder_tokens", visible.device), visible, *rest),
+    _body,
     _fake,
     backward=_autograd,
     setup_context=_save,
+)
+_column_sum = define(
+    "decoder_tokens_backward(Tensor grad, int visible_tokens, str backend) -> Tensor",
+    lambda grad, visible_tokens, name: backend.run("decoder_tokens_backward", name, grad, visible_tokens),
+    lambda grad, *_: grad.new_empty((1, 1, grad.shape[2]), dtype=statistics_dtype(grad.dtype)),
+    backward=_column_sum_autograd,
+    setup_context=_column_sum_setup,
 )
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .. import backend
 from . import _native
-from ._register import check, define, register_backends
+from ._register import check, define, kernel, register_backends
 
 ENCODER, DECODER = 1, 2  # purposes: independent streams of one seed
 DECODER_KINDS = ("running_cell", "none", "frame", "random", "tube")
@@ -203,7 +203,9 @@ def _dual_mask_native(
     return out
 
 
-register_backends("dual_mask", dual_mask_reference, native=_dual_mask_native)
+register_backends(
+    "dual_mask", dual_mask_reference, native=_dual_mask_native, triton=kernel("_masks_triton", "dual_mask")
+)
 
 
 def _body(position: Tensor, view: Tensor, *arguments: Any) -> tuple[Tensor, ...]:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .. import backend
 from . import _native
-from ._register import check, define, register_backends
+from ._register import check, define, kernel, register_backends
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -192,8 +192,12 @@ def _scatter_native(
     return clip
 
 
-register_backends("gather_patches", gather_patches_reference, native=_gather_native)
-register_backends("scatter_patches", scatter_patches_reference, native=_scatter_native)
+register_backends(
+    "gather_patches", gather_patches_reference, native=_gather_native, triton=kernel("_patches_triton", "gather")
+)
+register_backends(
+    "scatter_patches", scatter_patches_reference, native=_scatter_native, triton=kernel("_patches_triton", "scatter")
+)
 
 
 def _gather_body(clip: Tensor, index: Tensor, *arguments: Any) -> Tensor:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from .. import backend
 from . import _native
-from ._register import check, define, register_backends
+from ._register import check, define, kernel, register_backends
 from .patches import channel_statistics, check_clip, check_index, clip_shape, gather_patches_reference
 
 EPS = 1e-6  # added to the standard deviation, as in the official engine
@@ -191,8 +191,15 @@ def _statistics_shape(clip: Tensor, loss_index: Tensor) -> tuple[int, int, int, 
     return (*loss_index.shape, 2, clip_shape(clip)[4])
 
 
-register_backends("reconstruction_loss", _forward_reference, native=_forward_native)
-register_backends("reconstruction_loss_backward", _backward_reference, native=_backward_native)
+register_backends(
+    "reconstruction_loss", _forward_reference, native=_forward_native, triton=kernel("_reconstruction_triton", "loss")
+)
+register_backends(
+    "reconstruction_loss_backward",
+    _backward_reference,
+    native=_backward_native,
+    triton=kernel("_reconstruction_triton", "gradient"),
+)
 
 
 def _body(pred: Tensor, clip: Tensor, loss_index: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,0 +1,89 @@
+"""Every shipped Triton configuration compiled to machine code without a GPU: resources, wide accesses, no fused roundings.
+
+For sm_90, or with VMAE2_AOT=all (`make aot`) for every architecture of the plan that the installed Triton targets.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # that a block can have
+ARCHS = list(SHARED_KIB) if os.environ.get("VMAE2_AOT") == "all" else [90]
+
+# Bits of the widest load and store that a layout allows: lines and rows that start on 16-byte boundaries.
+WIDE = [
+    (r"gather_patches uint8 1x16x224x224x3 ", 128, 128),
+    (r"gather_patches float\d+ \S+ -> float\d+ conv patch 2x16", 128, 128),
+    (r"gather_patches \S*float\d+ ", 32, 128),
+    (r"scatter_patches \S+ conv patch 2x16", 128, 128),
+    (r"scatter_patches float32 pixel patch 2x16", 32, 128),
+    (r"reconstruction_loss .*/loss_kernel", 128, 32),
+    (r"reconstruction_loss .*/gradient_kernel", 128, 128),
+    (r"decoder_tokens .*/assemble_kernel", 128, 128),
+    (r"decoder_tokens_backward .*/column_sum_kernel", 128, 32),
+]
+
+
+@pytest.fixture(scope="module")
+def compiled(pytestconfig: pytest.Config) -> list[dict]:
+    assert pytestconfig.cache is not None
+    folder = pytestconfig.cache.mkdir("aot")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.aot_compile", str(folder), *map(str, ARCHS)],
+        cwd=ROOT,
+        env={**environment, "TRITON_CACHE_DIR": str(folder / "triton")},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    kernels = [json.loads(line) for line in done.stdout.splitlines()]
+    print(f"\n{'kernel':104} arch warps registers spills shared load store")
+    for k in kernels:
+        print(
+            f"{k['name']:104} {k['arch']:4} {k['warps']:5} {k['registers']:9} {k['spills']:6} {k['shared']:6} "
+            f"{k['load']:4} {k['store']:5}"
+        )
+    return kernels
+
+
+def test_every_module_of_kernels_is_compiled(compiled: list[dict]) -> None:
+    names = {k["name"].split()[0].split("/")[0] for k in compiled}
+    assert {"dual_mask", "gather_patches", "scatter_patches", "reconstruction_loss", "decoder_tokens"} <= names
+    assert {k["arch"] for k in compiled} == set(ARCHS)
+    assert len({(k["name"], k["arch"]) for k in compiled}) == len(compiled)
+
+
+def test_resources(compiled: list[dict]) -> None:
+    for k in compiled:
+        assert k["spills"] == 0, k
+        assert k["registers"] <= 255, k
+        assert k["registers"] * 32 * k["warps"] <= 65536, k
+        assert k["shared"] <= SHARED_KIB[k["arch"]] * 1024, k
+
+
+def test_accesses_are_as_wide_as_the_layout_allows(compiled: list[dict]) -> None:
+    for k in compiled:
+        for pattern, load, store in WIDE:
+            if re.match(pattern, k["name"]):
+                assert (k["load"] >= load, k["store"] >= store) == (True, True), k
+                break
+    for pattern, *_ in WIDE:
+        assert any(re.match(pattern, k["name"]) for k in compiled), pattern
+
+
+def test_normalisation_rounds_twice(compiled: list[dict]) -> None:
+    """`x*scale + shift` has the reference's bits only without a fused multiply-add."""
+    gathers = [k for k in compiled if k["name"].startswith("gather_patches")]
+    assert gathers
+    assert all(k["fused"] == 0 for k in gathers)

@@ -1,0 +1,138 @@
+"""What all Triton kernels share: checked operands, launches on the right device, casts, and a record of what is launched.
+
+Floating point fusion is off in every launch: `x*a + b` rounds twice, as in torch, and has the same bits on every backend.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import _native
+
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+OPTIONS = {"num_stages": 1, "enable_fp_fusion": False}  # of all launches; no kernel has a loop worth pipelining
+
+
+@triton.jit
+def to_float32(x):
+    """`x` of any floating dtype as float32, exactly."""
+    if INTERPRETED and x.dtype == tl.bfloat16:  # the interpreter's own cast loses subnormal numbers
+        return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    return x.to(tl.float32)
+
+
+@triton.jit
+def round_to(x, dtype: tl.constexpr):
+    """float32 `x` in `dtype`, rounded to nearest even."""
+    if INTERPRETED and dtype == tl.bfloat16:  # the interpreter's own cast truncates
+        bits = x.to(tl.uint32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        return tl.where(x != x, 0x7FC0, rounded).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    return x.to(dtype)
+
+
+class Launch(NamedTuple):
+    """One recorded launch."""
+
+    kernel: Any
+    arguments: tuple[Any, ...]
+    constants: dict[str, Any]
+    warps: int
+
+
+_record: list[Launch] | None = None
+
+
+def launch(kernel: Any, programs: int, *arguments: Any, warps: int = 4, **constants: Any) -> None:
+    """Run `programs` instances of `kernel` on the current stream of the device of its tensors; none is no launch."""
+    if _record is not None:
+        _record.append(Launch(kernel, arguments, constants, warps))
+    elif programs:
+        with torch.cuda.device_of(next(a for a in arguments if isinstance(a, Tensor))):
+            kernel[(programs,)](*arguments, **constants, num_warps=warps, **OPTIONS)
+
+
+def operand(tensor: Tensor, dtypes: tuple[torch.dtype, ...], name: str) -> Tensor:
+    """`tensor` made contiguous. Raises TypeError for a tensor without plain memory or of another dtype."""
+    tensor = tensor.contiguous()
+    _native.address(tensor, dtypes, name)
+    return tensor
+
+
+def check_ids(index: Tensor, tokens: int, op: str, lowest: int = -1) -> None:
+    """Raise IndexError for token ids outside [lowest, tokens), where looking costs no synchronisation."""
+    if index.device.type == "cpu" and index.numel():
+        low, high = (int(v) for v in index.aminmax())
+        if low < lowest or high >= tokens:
+            raise IndexError(f"{op}: index holds {low if low < lowest else high}; token ids are 0 to {tokens - 1}")
+
+
+class Configuration(NamedTuple):
+    """What compiles one launch ahead of time, for a device that need not be there."""
+
+    name: str
+    kernel: Any
+    signature: dict[str, Any]
+    """Type of each argument: `*bf16` a pointer (to 16-byte aligned memory), `i32:16` an integer known to be a multiple of
+    16, `constexpr` what is in `constexprs`, a tuple of types for a tuple."""
+    constexprs: dict[str, Any]
+    num_warps: int
+    num_stages: int
+    options: dict[str, Any] = {}  # noqa: RUF012
+
+
+def configurations(name: str, call: Callable[..., Any], *arguments: Any) -> list[Configuration]:
+    """The configurations of all kernels that `call(*arguments)` launches. Nothing runs; tensors are on the CPU."""
+    with _recorded() as launches:
+        call(*arguments)
+    return [_configuration(f"{name}/{item.kernel.__name__.strip('_')}", item) for item in launches]
+
+
+@contextlib.contextmanager
+def _recorded() -> Iterator[list[Launch]]:
+    global _record
+    _record = []
+    try:
+        yield _record
+    finally:
+        _record = None
+
+
+def _configuration(name: str, item: Launch) -> Configuration:
+    signature: dict[str, Any] = {}
+    constexprs = dict(item.constants)
+    for parameter, value in zip(item.kernel.params, item.arguments):
+        kind = _kind(value, specialise=not parameter.do_not_specialize)
+        if kind == "constexpr":
+            constexprs[parameter.name] = value
+        signature[parameter.name] = kind
+    signature |= dict.fromkeys(item.constants, "constexpr")
+    options = {k: v for k, v in OPTIONS.items() if k != "num_stages"}
+    return Configuration(name, item.kernel, signature, constexprs, item.warps, int(OPTIONS["num_stages"]), options)
+
+
+_POINTERS = {
+    torch.uint8: "*u8", torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16",
+    torch.int32: "*i32", torch.int64: "*i64",
+}  # fmt: skip
+
+
+def _kind(value: Any, specialise: bool) -> Any:
+    """The type Triton's launcher gives an argument."""
+    if isinstance(value, Tensor):
+        return _POINTERS[value.dtype]
+    if isinstance(value, tuple):
+        return tuple(_kind(v, specialise) for v in value)
+    if isinstance(value, float):
+        return "fp32"
+    if specialise and value == 1:
+        return "constexpr"
+    return ("i32" if -(2**31) <= value < 2**31 else "i64") + (":16" if specialise and value % 16 == 0 else "")
