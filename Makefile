@@ -8,13 +8,15 @@ OUT ?= runs/demo
 NATIVE := $(if $(shell command -v c++ || command -v g++ || command -v clang++),require,auto)
 SOURCES := setup.py pyproject.toml CMakeLists.txt constraints.txt $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/*)
 
-.PHONY: help demo test lint bench gpu-check clean
+.PHONY: help demo test lint bench aot sanitize gpu-check clean
 help:
 	@echo "make demo               progressive training on encoded video, report in $(OUT)/report.html"
 	@echo "make demo CLIPS=DIR     the same on a folder of labelled videos, in runs/clips"
 	@echo "make test               the test suite"
 	@echo "make lint               ruff and mypy"
 	@echo "make bench              microbenchmarks beside the honest alternatives"
+	@echo "make aot                compile every GPU kernel without a GPU, print registers, shared memory and spills"
+	@echo "make sanitize           native kernels under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make gpu-check          everything that needs a GPU, with the running interpreter; needs no network"
 	@echo "make clean              remove builds and caches, keep runs"
 
@@ -38,6 +40,13 @@ endif
 
 test: $(VENV)/.dev
 	VMAE2_NATIVE=$(NATIVE) $(BIN)/python -m pytest -q
+
+aot: $(VENV)/.dev
+	$(BIN)/python -m pytest -q -s tests/test_cuda_compiles.py
+
+# C++ and the CUDA kernels, these emulated on the CPU (tests/cuda_emulator).
+sanitize: $(VENV)/.dev
+	$(BIN)/python -m tests.cuda_emulator.sanitize
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
