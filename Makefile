@@ -8,14 +8,15 @@ OUT ?= runs/demo
 NATIVE := $(if $(shell command -v c++ || command -v g++ || command -v clang++),require,auto)
 SOURCES := setup.py pyproject.toml CMakeLists.txt constraints.txt $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/*)
 
-.PHONY: help demo test lint aot bench gpu-check clean
+.PHONY: help demo test lint bench aot sanitize gpu-check clean
 help:
 	@echo "make demo               progressive training on encoded video, report in $(OUT)/report.html"
 	@echo "make demo CLIPS=DIR     the same on a folder of labelled videos, in runs/clips"
 	@echo "make test               the test suite"
 	@echo "make lint               ruff and mypy"
-	@echo "make aot                GPU kernels compiled for every architecture, without a GPU; prints their resources"
 	@echo "make bench              microbenchmarks beside the honest alternatives"
+	@echo "make aot                compile every GPU kernel without a GPU, print registers, shared memory and spills"
+	@echo "make sanitize           native kernels under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make gpu-check          everything that needs a GPU, with the running interpreter; needs no network"
 	@echo "make clean              remove builds and caches, keep runs"
 
@@ -40,12 +41,19 @@ endif
 test: $(VENV)/.dev
 	VMAE2_NATIVE=$(NATIVE) $(BIN)/python -m pytest -q
 
+aot: $(VENV)/.dev
+	$(BIN)/python -m pytest -q -s tests/test_cuda_compiles.py
+
+# C++ and the CUDA kernels, these emulated on the CPU (tests/cuda_emulator).
+sanitize: $(VENV)/.dev
+	$(BIN)/python -m tests.cuda_emulator.sanitize
+
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy vmae2_fast recipes
 
 aot: $(VENV)/.dev
-	VMAE2_AOT=all $(BIN)/python -m pytest -q -s tests/test_aot.py
+	VMAE2_AOT=all $(BIN)/python -m pytest -q -s tests/test_cuda_compiles.py tests/test_aot.py
 
 clean:
 	rm -rf build dist *.egg-info vmae2_fast/_C*.so .pytest_cache .mypy_cache .ruff_cache

@@ -195,6 +195,12 @@ def native() -> Any | None:
     return _load_native()[0]
 
 
+def _too_old(device: torch.device, what: str) -> str | None:
+    if torch.cuda.is_available() and torch.cuda.get_device_capability(device) < (8, 0):
+        return f"{what} need compute capability 8.0"
+    return None
+
+
 def why_not_native(device: torch.device) -> str | None:
     """The refusal shared by all native implementations."""
     if native() is None:
@@ -202,7 +208,9 @@ def why_not_native(device: torch.device) -> str | None:
     if device.type == "cpu":
         return None
     if device.type == "cuda":
-        return None if native().cuda_available() else "vmae2_fast._C was built without CUDA (nvcc not found at install time)"  # type: ignore[union-attr]
+        if not native().cuda_available():  # type: ignore[union-attr]
+            return "vmae2_fast._C was built without CUDA (nvcc not found at install time)"
+        return _too_old(device, "CUDA kernels")
     return f"no native kernels for {device.type}"
 
 
@@ -230,8 +238,8 @@ def why_not_triton(device: torch.device, *dtypes: torch.dtype) -> str | None:
             return "Triton kernels run on the cpu only in Triton's interpreter (TRITON_INTERPRET=1), for tests"
     elif device.type != "cuda":
         return f"no Triton kernels for {device.type}"
-    elif torch.cuda.is_available() and torch.cuda.get_device_capability(device) < (8, 0):
-        return "Triton kernels need compute capability 8.0"
+    elif reason := _too_old(device, "Triton kernels"):
+        return reason
     return _load_triton()
 
 

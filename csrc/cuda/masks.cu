@@ -96,11 +96,13 @@ __device__ void find_bin(Shared& shared) {
 // all keys in the bin are wanted. Without equal words, which are rare, the four digits of the word are enough.
 __device__ Threshold smallest(Shared& shared, const Stream& stream, uint32_t items, uint32_t count) {
   if (count == 0 || count >= items) return {0xffffffffu, 0xffffffffu, count == 0};
-  uint32_t prefix[2] = {0, 0};
+  uint32_t word = 0, last = 0;  // found so far of the last kept key
   __syncthreads();  // all have read what an earlier selection found
   if (threadIdx.x == 0) shared.wanted = static_cast<int>(count);
   for (int step = 0; step < 8; ++step) {
-    const int part = step / 4, bit = 24 - 8 * (step % 4);
+    const bool of_word = step < 4;
+    const int bit = 24 - 8 * (step % 4);
+    uint32_t found = of_word ? word : last;
     __syncthreads();
     shared.bins[threadIdx.x] = 0;
     __syncthreads();
@@ -108,24 +110,27 @@ __device__ Threshold smallest(Shared& shared, const Stream& stream, uint32_t ite
       const Lane lane = stream.lane(number);
 #pragma unroll
       for (uint32_t j = 0; j < kLane; ++j) {
-        const uint32_t item = number * kLane + j, key = part == 0 ? lane.words[j] : item;
-        const bool same = (part == 0 || lane.words[j] == prefix[0]) &&
-                          (bit == 24 || (key ^ prefix[part]) >> (bit + 8) == 0);
+        const uint32_t item = number * kLane + j, key = of_word ? lane.words[j] : item;
+        const bool same = (of_word || lane.words[j] == word) && (bit == 24 || (key ^ found) >> (bit + 8) == 0);
         if (item < items && same) atomicAdd(&shared.bins[key >> bit & (kBins - 1)], 1);
       }
     }
     __syncthreads();
     if (threadIdx.x < kWarp) find_bin(shared);
     __syncthreads();
-    prefix[part] |= static_cast<uint32_t>(shared.digit) << bit;
-    if (shared.wanted == shared.found) {
-      // The rest of the bin is kept: fill the key's lower digits with ones.
-      prefix[part] |= (1u << bit) - 1;
-      if (part == 0) prefix[1] = 0xffffffffu;
-      break;
+    found |= static_cast<uint32_t>(shared.digit) << bit;
+    // If the rest of the bin is kept, the key's lower digits are all ones.
+    const bool ends = shared.wanted == shared.found;
+    if (ends) found |= (1u << bit) - 1;
+    if (of_word) {
+      word = found;
+      if (ends) last = 0xffffffffu;
+    } else {
+      last = found;
     }
+    if (ends) break;
   }
-  return {prefix[0], prefix[1], false};
+  return {word, last, false};
 }
 
 // The words of a draw for items in rising order: neighbours share a Philox lane.

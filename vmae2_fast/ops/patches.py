@@ -293,7 +293,8 @@ def gather_patches(
     (int64 is converted); -1 gives a row of zeros. `order`: "conv" (c, t, y, x) or "pixel" (t, y, x, c).
     float64 has the reference only.
 
-    Raises ValueError for a clip that is no whole number of patches, IndexError (on CPU) for ids outside the grid.
+    Raises ValueError for a clip that is no whole number of patches, IndexError (on CPU) for ids outside the grid. On CUDA
+    nothing waits to look at ids: the native kernel gives such a row NaN. It takes at most 16 channels.
     """
     channels = check_clip(clip, patch, tubelet, "gather_patches")[3]
     index = check_index(index, clip.shape[0], clip.device, "gather_patches")
@@ -320,7 +321,8 @@ def scatter_patches(
 
     rows: floating point [B, K, C*tubelet*patch*patch]; index: int32 [B, K] (int64 is converted), ids of a row distinct,
     -1 leaves a row out; grid: (T', H', W'). `order` is that of the rows: "pixel" for predictions. float64 runs the
-    reference whatever the backend request says. Raises ValueError for mismatched shapes, IndexError (on CPU) for ids outside
+    reference whatever the backend request says. The native CUDA kernel, which cannot look at ids without waiting, leaves out
+    rows of ids outside the grid and lets the last row of a token win. Raises ValueError for mismatched shapes, IndexError (on CPU) for ids outside
     the grid.
     """
     width = channels * tubelet * patch * patch

@@ -272,7 +272,8 @@ def reconstruction_loss(
 
     `denominator`: "code" divides by the loss tokens of the whole batch, "paper" by B*`decoded`.
     Returns the float32 scalar, or with reduction="sum" the pair (sum of the token losses, that denominator as int64
-    scalar). Raises ValueError for mismatched shapes, IndexError (on CPU) for ids outside the grid.
+    scalar). Raises ValueError for mismatched shapes, IndexError (on CPU) for ids outside the grid. On CUDA nothing waits to
+    look at ids: with the native kernel, which takes at most 16 channels, such a token's loss and gradient are NaN.
     """
     channels = check_clip(clip, patch, tubelet, "reconstruction_loss")[3]
     width = channels * tubelet * patch * patch
