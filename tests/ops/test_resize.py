@@ -111,6 +111,20 @@ def test_halves_are_rounded_up(name: str) -> None:
     assert torch.equal(clip.flatten(), frames[:, 0, 1, 0])  # k + 1/2 becomes k + 1 for even and odd k
 
 
+@pytest.mark.parametrize("name", FAST)
+def test_halves_with_a_large_denominator_are_rounded_up(name: str) -> None:
+    """From 97 pixels to 112 weights are odd and add up to 224: between columns of 143 and 255 every pixel is a half."""
+    columns = (torch.arange(97, dtype=torch.uint8) % 2 * 112 + 143)[:, None].expand(1, 97, 97, 3)
+    frames = torch.cat([columns.transpose(1, 2), columns])
+    window = Window(0, 0, 97, 97)
+    truth = exact(frames, window, (112, 112))
+    halves = (truth - truth.floor() - 0.5).abs() < 1e-9
+    assert halves.double().mean() > 0.9
+    with backend.use_backend(name):
+        clip = resize_crop(frames, [window], 112)[0]
+    assert torch.equal(clip[halves].double(), (truth[halves] + 0.25).round())
+
+
 @pytest.mark.parametrize("name", BACKENDS)
 def test_a_call_serves_clips_of_many_sizes(name: str) -> None:
     """Views are clip-major, each as if it were alone, whatever else is in the call."""
