@@ -105,6 +105,14 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         },
         release());
 
+  m.def("resize_crop",
+        [](uintptr_t buffer, int64_t bytes, uintptr_t table, int64_t views, int64_t frames, int64_t height, int64_t width,
+           int64_t channels, uintptr_t out, int threads) {
+          resize_crop(at<const uint8_t>(buffer), bytes, at<const int64_t>(table), views, frames, height, width, channels,
+                      at<uint8_t>(out), threads);
+        },
+        release());
+
 #ifdef VMAE2_WITH_CUDA
   define_ops<std::pair<int, uintptr_t>>(m, "_cuda");
   m.def("reconstruction_loss_cuda",

@@ -59,6 +59,13 @@ void reconstruction_loss(const Reconstruction& in, bool normalize, float* statis
 void reconstruction_loss_backward(const float* upstream, const Reconstruction& in, const float* statistics, void* grad,
                                   int threads);
 
+// resize.cpp. Cut windows out of uint8 frames and resize them: out is [views, frames, height, width, channels]. A row of
+// `table` names one view: address of its source window relative to `buffer`, strides of frames and lines in bytes, height
+// and width of the window, height and width of the grid it is resized to, first row and column of the grid to compute, flip.
+constexpr int64_t kResizeColumns = 10;
+void resize_crop(const uint8_t* buffer, int64_t bytes, const int64_t* table, int64_t views, int64_t frames, int64_t height,
+                 int64_t width, int64_t channels, uint8_t* out, int threads);
+
 // The same ops on a GPU's memory, queued on a stream: they return at once, and throw std::runtime_error if a launch fails.
 // Looking at indices would mean waiting for them, so an id outside the grid gives NaN (scatter_patches: leaves its row out),
 // never an access outside the clip, and of rows that scatter_patches would put at one token the last wins.

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .config import ModelConfig, from_dict
 from .data.decode import decode_video, probe
-from .data.plan import cut, test_windows
+from .data.plan import cut_test_views
 from .data.sampling import dense_test_views
 from .models import build_model, load_weights
 from .models.formats import read_checkpoint
@@ -68,9 +68,7 @@ def read_views(path: str | Path, *, frames: int, size: int, stride: int = 4, seg
     """
     wanted = dense_test_views(probe(str(path)).num_frames, frames, stride, segments)
     video = torch.from_numpy(decode_video(str(path), wanted.reshape(-1)))
-    height, width = video.shape[1:3]
-    views = torch.stack([cut(video, window, size) for window in test_windows(height, width, size, crops)])
-    return views.unflatten(1, (segments, frames)).transpose(0, 1).flatten(0, 1).contiguous()
+    return cut_test_views(video, segments=segments, size=size, crops=crops)
 
 
 @torch.no_grad()

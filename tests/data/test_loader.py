@@ -15,8 +15,8 @@ from vmae2_fast.config import DataConfig, SourceConfig
 from vmae2_fast.data import BadDataError, EvaluationLoader, ManifestError, VideoLoader
 from vmae2_fast.data import loader as loader_module
 from vmae2_fast.data.decode import decode_video
-from vmae2_fast.data.plan import cut
 from vmae2_fast.data.sampling import Purpose, counter_rng
+from vmae2_fast.ops import resize_crop
 
 FRAMES = 40
 
@@ -217,8 +217,8 @@ def test_a_replacement_is_drawn_from_its_own_epoch_and_attempt(damaged):
             failed = [r.path for r in batch.replaced if r.position == position]
             assert failed == [str(damaged / "v" / f"clip {i}.mp4") for i in drawn[:-1]]
             frames = decode_video(path, loader.planner.frame_ids(FRAMES, 2, epoch, position, attempt))
-            (window,) = loader.planner.windows(48, 64, epoch, position, attempt)
-            assert torch.equal(clip, cut(torch.from_numpy(frames), window, 32))
+            windows = loader.planner.windows(48, 64, epoch, position, attempt)
+            assert torch.equal(clip, resize_crop(torch.from_numpy(frames), windows, 32)[0])
     for epoch in range(4):
         assert max(attempts[p] for p in range(10 * epoch, 10 * epoch + 10)) >= 2, "the case needs a second attempt"
 

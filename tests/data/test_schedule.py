@@ -6,11 +6,14 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import torch
+from torch.nn import functional as F
 
 from vmae2_fast.data import Mixture, sampling
-from vmae2_fast.data.plan import Planner, cut
+from vmae2_fast.data.plan import Planner, cut_test_views
 from vmae2_fast.data.plan import test_windows as windows_of_test
 from vmae2_fast.data.sampling import Purpose, counter_rng
+from vmae2_fast.ops import resize_crop
 
 
 def _epoch(mixture, number):
@@ -86,8 +89,7 @@ def test_short_videos_follow_the_rules():
 @pytest.mark.parametrize("shape", [(48, 64), (64, 48), (1, 1), (7, 300), (31, 33)])
 def test_windows_lie_inside_the_frame(crop, shape):
     planner = Planner(frames=4, size=32, sampling="pretrain", crop=crop, flip=True, views=3, seed=5)
-    video = np.random.RandomState(0).randint(0, 256, (2, *shape, 3)).astype(np.uint8)
-    tensor = _tensor(video)
+    video = _video(2, *shape)
     for position in range(20):
         windows = planner.windows(*shape, 0, position)
         assert windows == planner.windows(*shape, 0, position)
@@ -97,15 +99,13 @@ def test_windows_lie_inside_the_frame(crop, shape):
             assert 0 <= window.top <= height - window.height
             assert 0 <= window.left <= width - window.width
             assert min(window.height, window.width) >= 1
-        clip = cut(tensor, windows[0], 32)
-        assert clip.shape == (2, 32, 32, 3)
-        assert clip.is_contiguous()
+        clips = resize_crop(video, windows, 32)
+        assert clips.shape == (3, 2, 32, 32, 3)
+        assert clips.is_contiguous()
 
 
-def _tensor(video):
-    import torch
-
-    return torch.from_numpy(video)
+def _video(*shape):
+    return torch.from_numpy(np.random.RandomState(0).randint(0, 256, (*shape, 3)).astype(np.uint8))
 
 
 def test_views_share_frames_and_draw_their_own_windows():
@@ -120,10 +120,24 @@ def test_views_share_frames_and_draw_their_own_windows():
     assert 60 < sum(flipping.windows(48, 64, 0, p)[0].flip for p in range(200)) < 140
 
 
-def test_cut_is_exact_where_nothing_is_scaled():
-    video = _tensor(np.random.RandomState(0).randint(0, 256, (3, 40, 50, 3)).astype(np.uint8))
-    for window in windows_of_test(40, 50, 40, 3):
-        np.testing.assert_array_equal(cut(video, window, 40), video[:, :, window.left:window.left + 40])
-        flipped = cut(video, window._replace(flip=True), 40)
-        np.testing.assert_array_equal(flipped.numpy(), video[:, :, window.left:window.left + 40].numpy()[:, :, ::-1])
-    assert [w.left for w in windows_of_test(40, 50, 40, 3)] == [0, 5, 10]
+def test_views_are_exact_where_nothing_is_scaled():
+    video = _video(3, 40, 50)
+    windows = windows_of_test(40, 50, 40, 3)
+    flipped = resize_crop(video, [window._replace(flip=True) for window in windows], 40)
+    for window, view, mirrored in zip(windows, cut_test_views(video, segments=1, size=40, crops=3), flipped, strict=True):
+        assert torch.equal(view, video[:, :, window.left:window.left + 40])
+        assert torch.equal(mirrored, view.flip(2))
+    assert [w.left for w in windows] == [0, 5, 10]
+
+
+@pytest.mark.parametrize("shape", [(45, 80), (80, 45)])
+def test_test_views_are_cut_out_of_scaled_frames(shape):
+    """Segment-major, each the rounded float64 pixels of whole frames brought to the short side."""
+    video = _video(6, *shape)
+    scaled = sampling.short_side(*shape, 32)
+    whole = F.interpolate(video.permute(0, 3, 1, 2).double(), size=scaled, mode="bilinear", antialias=True)
+    views = cut_test_views(video, segments=2, size=32, crops=3).unflatten(0, (2, 3))
+    for segment, frames in zip(views, whole.split(3), strict=True):
+        for view, (top, left) in zip(segment, sampling.spatial_views(*scaled, 32, 3), strict=True):
+            exact = frames[:, :, top:top + 32, left:left + 32].permute(0, 2, 3, 1)
+            assert (view - exact).abs().max() <= 0.5 + 1e-9

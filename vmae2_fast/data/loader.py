@@ -22,10 +22,11 @@ import numpy as np
 import torch
 
 from ..config import DataConfig
+from ..ops import resize_crop
 from . import sampling
 from .decode import DecodeError, FrameCache, decode_images, decode_video, probe
 from .manifest import Record, Source, open_sources
-from .plan import Planner, cut, test_windows
+from .plan import Planner, cut_test_views
 from .sampling import Purpose, counter_rng
 from .schedule import Mixture
 
@@ -282,8 +283,8 @@ class VideoLoader(_Reader):
                 failures.append(Replaced(position, source.path(record), error.reason))
                 continue
             height, width = video.shape[1:3]
-            for row, window in zip(out, self.planner.windows(height, width, epoch, position, attempt)):
-                row.copy_(cut(video, window, self.size))
+            windows = self.planner.windows(height, width, epoch, position, attempt)
+            resize_crop(video, windows, self.size, out=out, threads=1)
             return record.label, path, failures
         last = failures[-1]
         tried = f"no clip found for position {position} in {len(failures)} attempts"
@@ -359,7 +360,5 @@ class EvaluationLoader(_Reader):
             video, path = self.read(source, record, lambda n: self._ids(n, source.stride))
         except DecodeError as error:
             return Replaced(index, source.path(record), error.reason)
-        height, width = video.shape[1:3]
-        views = torch.stack([cut(video, window, self.size) for window in test_windows(height, width, self.size, self.crops)])
-        clips = views.unflatten(1, (self.segments, self.frames)).transpose(0, 1).flatten(0, 1)
-        return VideoViews(clips.contiguous(), record.label, path, index)
+        clips = cut_test_views(video, segments=self.segments, size=self.size, crops=self.crops, threads=1)
+        return VideoViews(clips, record.label, path, index)

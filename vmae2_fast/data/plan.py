@@ -10,23 +10,10 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
+from ..ops.resize import Window, resize_crop
 from . import sampling
 from .sampling import Purpose, counter_rng
-
-
-class Window(NamedTuple):
-    """One view of decoded frames: [top:top+height, left:left+width] of them, brought to the clip's size."""
-
-    top: int
-    left: int
-    height: int
-    width: int
-    flip: bool = False
-    """Mirrored left to right."""
-    scaled: tuple[int, int] | None = None
-    """Frames are brought to this height and width before the window is cut (validation and test)."""
 
 
 class ClipPlan(NamedTuple):
@@ -86,18 +73,11 @@ def test_windows(height: int, width: int, size: int, crops: int) -> list[Window]
     return [Window(top, left, size, size, scaled=scaled) for top, left in sampling.spatial_views(*scaled, size, crops)]
 
 
-def cut(video: torch.Tensor, window: Window, size: int) -> torch.Tensor:
-    """Carry out a window: uint8 [T, H, W, C] -> contiguous uint8 [T, size, size, C], antialiased bilinear."""
-    if window.scaled is not None:
-        video = _resize(video, window.scaled)
-    clip = video[:, window.top:window.top + window.height, window.left:window.left + window.width]
-    clip = _resize(clip, (size, size))
-    return (clip.flip(2) if window.flip else clip).contiguous()
+def cut_test_views(video: torch.Tensor, *, segments: int, size: int, crops: int, threads: int | None = None) -> torch.Tensor:
+    """Every test view of the frames of one video: uint8 [segments * T, H, W, C] -> [segments * crops, T, size, size, C].
 
-
-def _resize(video: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    if tuple(video.shape[1:3]) == size:
-        return video
-    # channels-last memory is what torch's uint8 kernel wants and what a THWC clip is: no copy on either side
-    out = F.interpolate(video.permute(0, 3, 1, 2), size=size, mode="bilinear", antialias=True, align_corners=False)
-    return out.permute(0, 2, 3, 1)
+    Segment-major; `threads` as in `vmae2_fast.ops.resize_crop`.
+    """
+    height, width = video.shape[1:3]
+    windows = test_windows(height, width, size, crops)
+    return resize_crop(video.unflatten(0, (segments, -1)), [windows] * segments, size, threads=threads)

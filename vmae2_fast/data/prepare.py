@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.nn import functional as F
 from tqdm import tqdm
 
+from ..ops.resize import Window, resize_crop
 from .decode import VIDEO_SUFFIXES, DecodeError, decode_video, probe
 from .synthetic import SceneSet, source_tables, write_jpegs, write_moving_scenes, write_mp4
 
@@ -134,14 +134,15 @@ def _small_copy(path: Path, size: int) -> np.ndarray:
     """The first frames of a video, uint8 [T,h,w,3] with short side `size` (even sides, as 4:2:0 wants)."""
     count = min(probe(str(path)).num_frames, _MAX_FRAMES)
     small: list[torch.Tensor] = []
-    shape: list[int] = []
+    shape: tuple[int, int] | None = None
     for first in range(0, count, _CHUNK):
         frames = torch.from_numpy(decode_video(str(path), np.arange(first, min(first + _CHUNK, count))))
-        if not shape:  # of the first frame: a stream may change its size midway
-            ratio = size / min(frames.shape[1:3])
-            shape = [max(size, 2 * round(side * ratio / 2)) for side in frames.shape[1:3]]
-        small.append(F.interpolate(frames.permute(0, 3, 1, 2), shape, mode="bilinear", antialias=True))
-    return torch.cat(small).permute(0, 2, 3, 1).contiguous().numpy()
+        height, width = frames.shape[1:3]
+        if shape is None:  # of the first frame: a stream may change its size midway
+            ratio = size / min(height, width)
+            shape = max(size, 2 * round(height * ratio / 2)), max(size, 2 * round(width * ratio / 2))
+        small.append(resize_crop(frames, [Window(0, 0, height, width)], shape)[0])
+    return torch.cat(small).numpy()
 
 
 def _write_lists(work: Path, train: list[Copied], test: list[Copied], classes: list[str]) -> None:

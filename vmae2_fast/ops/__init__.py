@@ -9,11 +9,13 @@ from .mlp import norm_mlp
 from .norm import norm_qkv, residual_norm
 from .patches import IMAGENET_MEAN, IMAGENET_STD, gather_patches, scatter_patches
 from .reconstruction import patch_statistics, reconstruction_loss
+from .resize import Window, resize_crop, resize_crop_packed
 
 __all__ = [
     "IMAGENET_MEAN",
     "IMAGENET_STD",
     "DualMask",
+    "Window",
     "attention",
     "cosine_attention",
     "decoder_tokens",
@@ -27,5 +29,7 @@ __all__ = [
     "patch_statistics",
     "reconstruction_loss",
     "residual_norm",
+    "resize_crop",
+    "resize_crop_packed",
     "scatter_patches",
 ]
