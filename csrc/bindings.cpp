@@ -5,6 +5,7 @@
 #include <pybind11/stl.h>
 
 #include "build_info.h"
+#include "cpu/isa.h"
 #include "ops.h"
 
 namespace py = pybind11;
@@ -37,9 +38,13 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     info["compiler"] = compiler();
     info["flags"] = VMAE2_FLAGS;
     info["cpu_features"] = cpu_features();
+    info["cpu_isa"] = cpu_isa_name();
     info["cuda"] = kCuda;
     return info;
   });
+
+  m.def("supported_cpu_isas", &supported_cpu_isas, "Instruction sets the CPU kernels can use here, the narrowest first.");
+  m.def("set_cpu_isa", &set_cpu_isa, "Make the CPU kernels use one of them: for tests, all give the same bits.");
 
   m.def("dual_mask",
         [](uintptr_t position, uintptr_t view, int64_t batch, int64_t frames, int64_t height, int64_t width, uint64_t seed,

@@ -176,7 +176,7 @@ def _scatter_native(
 ) -> Tensor:
     rows = rows.contiguous()
     frames, height, width = grid
-    clip = rows.new_zeros(rows.shape[0], channels, frames * tubelet, height * patch, width * patch)
+    clip = rows.new_empty(rows.shape[0], channels, frames * tubelet, height * patch, width * patch)
     _native.extension().scatter_patches(
         _native.address(rows, _native.FLOATS, "scatter_patches: rows [B, K, C*tubelet*patch*patch]"),
         _native.code(rows.dtype),
