@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "build_info.h"
+#include "cpu/isa.h"
 #include "ops.h"
 
 namespace py = pybind11;
@@ -89,9 +90,13 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     info["compiler"] = compiler();
     info["flags"] = VMAE2_FLAGS;
     info["cpu_features"] = cpu_features();
+    info["cpu_isa"] = cpu_isa_name();
     info["cuda"] = kCuda;
     return info;
   });
+
+  m.def("supported_cpu_isas", &supported_cpu_isas, "Instruction sets the CPU kernels can use here, the narrowest first.");
+  m.def("set_cpu_isa", &set_cpu_isa, "Make the CPU kernels use one of them: for tests, all give the same bits.");
 
   define_ops<int>(m, "");
   m.def("reconstruction_loss",

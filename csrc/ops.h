@@ -38,7 +38,7 @@ void dual_mask(const int64_t* position, const int64_t* view, int64_t batch, cons
 void gather_patches(const void* clip, Dtype clip_dtype, const Clip& shape, const int32_t* index, int64_t count,
                     const std::vector<float>& scale, const std::vector<float>& shift, bool pixel_order, void* rows,
                     Dtype rows_dtype, int threads);
-// clip: zeros, [batch, channels, frames, height, width] of the dtype of rows.
+// clip: [batch, channels, frames, height, width] of the dtype of rows; every element is written, zeros where no row is.
 void scatter_patches(const void* rows, Dtype dtype, const int32_t* index, int64_t count, const Clip& shape,
                      bool pixel_order, void* clip, int threads);
 

@@ -35,7 +35,8 @@ inline float load(f16 value) {
   const uint32_t magnitude = value.bits & 0x7fffu;
   // Exponent and mantissa at float's place, then one multiplication by 2^112 rebiases normal and subnormal numbers alike.
   const float finite = float_of(magnitude << 13) * float_of(0x77800000u);
-  const float result = magnitude >= 0x7c00u ? float_of(0x7f800000u | (magnitude << 13)) : finite;
+  const uint32_t quiet = magnitude > 0x7c00u ? 0x00400000u : 0u;  // a NaN is made quiet, as processors do
+  const float result = magnitude >= 0x7c00u ? float_of(0x7f800000u | quiet | (magnitude << 13)) : finite;
   return float_of(bits_of(result) | sign);
 }
 

@@ -4,6 +4,8 @@
 #include <type_traits>
 
 #include "dispatch.h"
+#include "isa.h"
+#include "pages.h"
 #include "parallel.h"
 
 namespace vmae2 {
@@ -16,47 +18,51 @@ Layout row_layout(const Clip& s, bool pixel_order) {
   return {s.row(), s.tubelet * p * p, p * p, p, 1};
 }
 
-// out[i*OUT] = in[i*IN] * scale + shift, for one line of one channel. Strides are compile-time where they are common,
-// so that the compiler can vectorise; 0 stands for a stride known at run time only.
-template <int IN, int OUT, class In, class Out>
-void line(const In* in, int64_t in_stride, Out* out, int64_t out_stride, int64_t n, float scale, float shift) {
-  if (IN) in_stride = IN;
-  if (OUT) out_stride = OUT;
-  for (int64_t i = 0; i < n; ++i) {
-    if constexpr (std::is_same_v<In, uint8_t>) {
-      store(out[i * out_stride], load(in[i * in_stride]) * scale + shift);
-    } else if constexpr (std::is_same_v<In, Out>) {
-      out[i * out_stride] = in[i * in_stride];  // a copy, bit for bit
-    } else {
-      store(out[i * out_stride], load(in[i * in_stride]));
-    }
-  }
-}
+struct Gather {
+  const void* clip;
+  Clip shape;
+  const int32_t* index;
+  int64_t count;
+  const float *scale, *shift;            // per channel
+  const float *line_scale, *line_shift;  // the same for each value of a line of bytes
+  bool pixel_order;
+  void* rows;
+  Layout from, to;
+  // Sixteen pixels (fewer in a narrower patch) of C <= 4 interleaved channels are read as C times sixteen bytes at `offset`,
+  // the last of which must not pass the line's end; pick[c][i] are channel c's places in the i-th, 0x80 where it has none.
+  int64_t offset[4];
+  uint8_t pick[4][4][16];
 
-// Copy one token between two layouts, both given by the address of the token's first pixel.
-template <int IN, int OUT, class In, class Out>
-void token(const In* in, const Layout& from, Out* out, const Layout& to, const Clip& s, const float* scale, const float* shift) {
-  for (int64_t c = 0; c < s.channels; ++c) {
-    for (int64_t t = 0; t < s.tubelet; ++t) {
-      for (int64_t y = 0; y < s.patch; ++y) {
-        line<IN, OUT>(in + c * from.channel + t * from.frame + y * from.line, from.pixel,
-                      out + c * to.channel + t * to.frame + y * to.line, to.pixel, s.patch, scale ? scale[c] : 1.0f,
-                      shift ? shift[c] : 0.0f);
+  void prepare_picks() {
+    const int64_t channels = shape.channels, width = std::min<int64_t>(shape.patch, 16), bytes = width * channels;
+    if (channels > 4 || bytes < 16) return;
+    for (int64_t i = 0; i < channels; ++i) offset[i] = std::min<int64_t>(16 * i, bytes - 16);
+    std::memset(pick, 0x80, sizeof(pick));
+    for (int64_t c = 0; c < channels; ++c) {
+      for (int64_t x = 0; x < width; ++x) {
+        const int64_t at = x * channels + c, i = std::min(at / 16, channels - 1);
+        pick[c][i][x] = static_cast<uint8_t>(at - offset[i]);
       }
     }
   }
-}
+};
 
-template <class In, class Out>
-void token(const In* in, const Layout& from, Out* out, const Layout& to, const Clip& s, const float* scale, const float* shift) {
-  if (from.pixel == 1 && to.pixel == 1) return token<1, 1>(in, from, out, to, s, scale, shift);
-  if (from.pixel == 3 && to.pixel == 1) return token<3, 1>(in, from, out, to, s, scale, shift);
-  if (from.pixel == 1 && to.pixel == 3) return token<1, 3>(in, from, out, to, s, scale, shift);
-  if (from.pixel == 3 && to.pixel == 3) return token<3, 3>(in, from, out, to, s, scale, shift);
-  token<0, 0>(in, from, out, to, s, scale, shift);
-}
+struct Scatter {
+  const void* rows;
+  Clip shape;
+  const int32_t* owner;  // [batch, tokens], the row of each token or -1
+  bool pixel_order;
+  void* clip;
+  Layout from, to;
+};
 
 }  // namespace
+}  // namespace vmae2
+
+#define VMAE2_KERNELS "patches_kernels.h"
+#include "each_isa.h"
+
+namespace vmae2 {
 
 void gather_patches(const void* clip, Dtype clip_dtype, const Clip& shape, const int32_t* index, int64_t count,
                     const std::vector<float>& scale, const std::vector<float>& shift, bool pixel_order, void* rows,
@@ -67,20 +73,22 @@ void gather_patches(const void* clip, Dtype clip_dtype, const Clip& shape, const
   if (scale.size() != channels || shift.size() != channels) {
     throw std::invalid_argument("gather_patches: scale and shift need one value a channel");
   }
-  const Layout from = Layout::of(clip_dtype, shape), to = row_layout(shape, pixel_order);
+  std::vector<float> line_scale, line_shift;
+  for (int64_t x = 0; pixel_order && x < shape.patch; ++x) {
+    line_scale.insert(line_scale.end(), scale.begin(), scale.end());
+    line_shift.insert(line_shift.end(), shift.begin(), shift.end());
+  }
+  Gather job{clip, shape, index, count, scale.data(), shift.data(), line_scale.data(), line_shift.data(), pixel_order, rows,
+             Layout::of(clip_dtype, shape), row_layout(shape, pixel_order), {}, {}};
+  job.prepare_picks();
+  const int64_t all = shape.batch * count;
   with_pixel(clip_dtype, "gather_patches", [&](auto in_type) {
     with_float(rows_dtype, "gather_patches", [&](auto out_type) {
-      const auto* in = static_cast<const decltype(in_type)*>(clip);
-      auto* out = static_cast<decltype(out_type)*>(rows);
-      parallel_for(shape.batch * count, to.batch, threads, [&](int64_t begin, int64_t end) {
-        for (int64_t r = begin; r < end; ++r) {
-          if (index[r] < 0) {
-            std::memset(static_cast<void*>(out + r * to.batch), 0, static_cast<size_t>(to.batch) * sizeof(*out));
-          } else {
-            token(in + from.corner(shape, r / count, index[r]), from, out + r * to.batch, to, shape, scale.data(), shift.data());
-          }
-        }
-      });
+      using In = decltype(in_type);
+      using Out = decltype(out_type);
+      expect_writes(rows, all * shape.row() * static_cast<int64_t>(sizeof(Out)));
+      const auto kernel = VMAE2_PICK(gather_rows<In, Out>);
+      parallel_for(all, shape.row(), threads, [&](int64_t begin, int64_t end) { kernel(job, begin, end); });
     });
   });
 }
@@ -88,30 +96,27 @@ void gather_patches(const void* clip, Dtype clip_dtype, const Clip& shape, const
 void scatter_patches(const void* rows, Dtype dtype, const int32_t* index, int64_t count, const Clip& shape,
                      bool pixel_order, void* clip, int threads) {
   check_clip("scatter_patches", shape);
-  check_index("scatter_patches", index, shape.batch, count, shape.tokens());
-  // Two rows for one token would race; their sum is not worth a slower kernel, so they are refused.
-  std::vector<uint8_t> taken;
-  for (int64_t b = 0; b < shape.batch; ++b) {
-    taken.assign(static_cast<size_t>(shape.tokens()), 0);
-    for (int64_t k = 0; k < count; ++k) {
-      const int32_t id = index[b * count + k];
-      if (id < 0) continue;
-      if (taken[static_cast<size_t>(id)]++) {
-        throw std::invalid_argument("scatter_patches: index[" + std::to_string(b) + "] holds token " + std::to_string(id) +
-                                    " twice; indices of a row must be distinct");
-      }
+  const int64_t tokens = shape.tokens();
+  check_index("scatter_patches", index, shape.batch, count, tokens);
+  std::vector<int32_t> owner(static_cast<size_t>(shape.batch * tokens), -1);
+  for (int64_t r = 0; r < shape.batch * count; ++r) {
+    if (index[r] < 0) continue;
+    int32_t& slot = owner[static_cast<size_t>(r / count * tokens + index[r])];
+    // Two rows for one token: their sum is not worth a slower kernel.
+    if (slot >= 0) {
+      throw std::invalid_argument("scatter_patches: index[" + std::to_string(r / count) + "] holds token " +
+                                  std::to_string(index[r]) + " twice; indices of a row must be distinct");
     }
+    slot = static_cast<int32_t>(r);
   }
-  const Layout from = row_layout(shape, pixel_order), to = Layout::channels_first(shape);
+  const Scatter job{rows, shape, owner.data(), pixel_order, clip, row_layout(shape, pixel_order), Layout::channels_first(shape)};
   with_float(dtype, "scatter_patches", [&](auto type) {
-    const auto* in = static_cast<const decltype(type)*>(rows);
-    auto* out = static_cast<decltype(type)*>(clip);
-    parallel_for(shape.batch * count, from.batch, threads, [&](int64_t begin, int64_t end) {
-      for (int64_t r = begin; r < end; ++r) {
-        if (index[r] < 0) continue;
-        token(in + r * from.batch, from, out + to.corner(shape, r / count, index[r]), to, shape, nullptr, nullptr);
-      }
-    });
+    using T = decltype(type);
+    const int64_t width = shape.width / shape.patch;
+    expect_writes(clip, shape.batch * tokens * shape.row() * static_cast<int64_t>(sizeof(T)));
+    const auto kernel = VMAE2_PICK(scatter_grid_rows<T>);
+    parallel_for(shape.batch * tokens / width, width * shape.row(), threads,
+                 [&](int64_t begin, int64_t end) { kernel(job, begin, end); });
   });
 }
 

@@ -1,14 +1,14 @@
 // Target, squared error and its gradient for the loss patches. See vmae2_fast/ops/reconstruction.py.
-//
-// A "lane" is one of the patch*channels places of a line in order (x, c): clip and prediction are walked line by line, so
-// the same lane always belongs to the same channel and all inner loops run over lanes.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <numeric>
 #include <string>
 #include <type_traits>
 
 #include "dispatch.h"
+#include "isa.h"
+#include "pages.h"
 #include "parallel.h"
 
 namespace vmae2 {
@@ -16,145 +16,105 @@ namespace {
 
 constexpr double kEps = 1e-6;  // added to the standard deviation of pixels in [0, 1]
 
-// What one thread needs to turn a token into a loss and an error row.
-template <class Pixel>
-struct Worker {
-  static constexpr bool bytes = std::is_same_v<Pixel, uint8_t>;
-  const Clip& shape;
-  const Layout layout;
+// What the kernels of both directions read and write.
+struct Job {
+  const void *pred, *clip;
+  Clip shape;
+  Layout layout;
+  const int32_t* index;
+  int64_t count, row, line, period;
   const float *mean, *std;
-  const bool normalize;
-  const int64_t lanes, lines;
-  std::vector<float> block;            // pixels of the token as float: bytes as 0..255, others in [0, 1]
-  std::vector<float> centre, inverse;  // per lane: target = (pixel - centre) * inverse
-  std::vector<double> first, second;   // per lane sums
-  std::vector<float> squares;          // per lane sum of squared errors
-
-  Worker(const Clip& s, Dtype dtype, const float* mean_, const float* std_, bool normalize_)
-      : shape(s), layout(Layout::of(dtype, s)), mean(mean_), std(std_), normalize(normalize_),
-        lanes(s.patch * s.channels), lines(s.tubelet * s.patch), block(static_cast<size_t>(lines * lanes)),
-        centre(static_cast<size_t>(lanes), 0.0f), inverse(static_cast<size_t>(lanes), bytes ? 1.0f / 255.0f : 1.0f),
-        first(static_cast<size_t>(lanes)), second(static_cast<size_t>(lanes)), squares(static_cast<size_t>(lanes)) {}
-
-  void read(const Pixel* corner) {
-    float* out = block.data();
-    for (int64_t t = 0; t < shape.tubelet; ++t) {
-      for (int64_t y = 0; y < shape.patch; ++y, out += lanes) {
-        const Pixel* in = corner + t * layout.frame + y * layout.line;
-        if constexpr (bytes) {
-          for (int64_t i = 0; i < lanes; ++i) out[i] = load(in[i]);
-        } else {
-          for (int64_t c = 0; c < shape.channels; ++c) {
-            for (int64_t x = 0; x < shape.patch; ++x) out[x * shape.channels + c] = load(in[c * layout.channel + x]) * std[c] + mean[c];
-          }
-        }
-      }
-    }
-  }
-
-  // Mean and unbiased variance of each channel in double, about a pixel of the token so that nothing cancels.
-  void statistics() {
-    std::fill(first.begin(), first.end(), 0.0);
-    std::fill(second.begin(), second.end(), 0.0);
-    const int64_t channels = shape.channels;
-    for (int64_t i = 0; i < lanes; ++i) centre[static_cast<size_t>(i)] = block[static_cast<size_t>(i % channels)];
-    for (int64_t l = 0; l < lines; ++l) {
-      const float* in = block.data() + l * lanes;
-      for (int64_t i = 0; i < lanes; ++i) {
-        const double d = static_cast<double>(in[i]) - static_cast<double>(centre[static_cast<size_t>(i)]);
-        first[static_cast<size_t>(i)] += d;
-        second[static_cast<size_t>(i)] += d * d;
-      }
-    }
-    const double n = static_cast<double>(lines * shape.patch), unit = bytes ? 255.0 : 1.0;
-    for (int64_t c = 0; c < channels; ++c) {
-      double sum = 0, square = 0;
-      for (int64_t i = c; i < lanes; i += channels) {
-        sum += first[static_cast<size_t>(i)];
-        square += second[static_cast<size_t>(i)];
-      }
-      const double variance = std::max(0.0, (square - sum * sum / n) / (n - 1));
-      const double middle = static_cast<double>(centre[static_cast<size_t>(c)]) + sum / n;
-      // (z - mean)/(sd + eps) with z = pixel/unit, multiplied out by unit: no rescaled copy of the pixels.
-      const double factor = 1.0 / (std::sqrt(variance) + kEps * unit);
-      for (int64_t i = c; i < lanes; i += channels) {
-        centre[static_cast<size_t>(i)] = static_cast<float>(middle);
-        inverse[static_cast<size_t>(i)] = static_cast<float>(factor);
-      }
-    }
-  }
-
-  // Centre and factor of each channel out to, or in from, what the op keeps for its backward.
-  void keep(float* statistics) const {
-    for (int64_t c = 0; c < shape.channels; ++c) {
-      statistics[c] = centre[static_cast<size_t>(c)];
-      statistics[shape.channels + c] = inverse[static_cast<size_t>(c)];
-    }
-  }
-  void restore(const float* statistics) {
-    for (int64_t i = 0; i < lanes; ++i) {
-      centre[static_cast<size_t>(i)] = statistics[i % shape.channels];
-      inverse[static_cast<size_t>(i)] = statistics[shape.channels + i % shape.channels];
-    }
-  }
-
-  template <class Pred>
-  double loss(const Pred* pred) {
-    std::fill(squares.begin(), squares.end(), 0.0f);
-    const float *c = centre.data(), *v = inverse.data();
-    float* s = squares.data();
-    for (int64_t l = 0; l < lines; ++l) {
-      const float* z = block.data() + l * lanes;
-      for (int64_t i = 0; i < lanes; ++i) {
-        const float d = load(pred[l * lanes + i]) - (z[i] - c[i]) * v[i];
-        s[i] += d * d;
-      }
-    }
-    double sum = 0;
-    for (int64_t i = 0; i < lanes; ++i) sum += static_cast<double>(s[i]);
-    return sum / static_cast<double>(lines * lanes);
-  }
-
-  template <class Pred>
-  void gradient(const Pred* pred, float scale, Pred* grad) const {
-    const float *c = centre.data(), *v = inverse.data();
-    for (int64_t l = 0; l < lines; ++l) {
-      const float* z = block.data() + l * lanes;
-      for (int64_t i = 0; i < lanes; ++i) {
-        store(grad[l * lanes + i], (load(pred[l * lanes + i]) - (z[i] - c[i]) * v[i]) * scale);
-      }
-    }
-  }
+  bool normalize;
+  float* statistics;
+  double* losses;  // of each row, forward
+  float scale;     // of the error, backward
+  void* grad;
 };
 
-// Call body(worker, row, prediction's type, clip's corner of the row or nullptr where it is padding) for every row, on threads.
-template <class Body>
-void for_rows(const char* op, const Reconstruction& in, bool normalize, int threads, const Body& body) {
-  const Clip& shape = in.shape;
-  check_clip(op, shape);
-  check_index(op, in.index, shape.batch, in.count, shape.tokens());
-  const auto channels = static_cast<size_t>(shape.channels);
-  if (in.mean.size() != channels || in.std.size() != channels || (normalize && shape.tubelet * shape.patch * shape.patch < 2)) {
-    throw std::invalid_argument(std::string(op) + ": mean and std need one value a channel, a patch more than one pixel");
+// Scratch of one worker.
+struct Work {
+  uint8_t* bytes;          // the token's bytes, zeros up to a whole vector
+  float* block;            // its pixels, likewise
+  float *centre, *factor;  // constants of the lanes of a period
+  float *first, *second;   // sums of the lanes of a period
+  double *sum, *square;    // of each channel
+};
+
+class Scratch {
+ public:
+  Scratch(const Job& job, int workers) {
+    const auto padded = static_cast<size_t>((job.row + 15) / 16 * 16), lanes = static_cast<size_t>(16 * job.period);
+    const auto channels = static_cast<size_t>(job.shape.channels), all = static_cast<size_t>(std::max(1, workers));
+    // A cache line apart, so that workers do not write into each other's.
+    const size_t floats = (padded + 4 * lanes + 31) / 16 * 16, doubles = (2 * channels + 15) / 8 * 8, bytes = padded + 64;
+    floats_.resize(all * floats);
+    doubles_.resize(all * doubles);
+    bytes_.resize(all * bytes);
+    for (size_t w = 0; w < all; ++w) {
+      float* f = floats_.data() + w * floats;
+      double* d = doubles_.data() + w * doubles;
+      work_.push_back({bytes_.data() + w * bytes, f, f + padded, f + padded + lanes, f + padded + 2 * lanes,
+                       f + padded + 3 * lanes, d, d + channels});
+    }
   }
-  const int64_t rows = shape.batch * in.count;
-  with_pixel(in.clip_dtype, op, [&](auto pixel_type) {
-    with_float(in.pred_dtype, op, [&](auto pred_type) {
-      using Pixel = decltype(pixel_type);
-      // One worker a slice of rows: scratch is allocated before threads start, where a failure can still be reported.
-      const int64_t slices = std::max<int64_t>(1, std::min<int64_t>(rows, 4 * static_cast<int64_t>(std::max(1, threads))));
-      std::vector<Worker<Pixel>> workers(static_cast<size_t>(slices),
-                                         Worker<Pixel>(shape, in.clip_dtype, in.mean.data(), in.std.data(), normalize));
-      parallel_for(slices, rows * shape.row() * 4 / slices, threads, [&](int64_t begin, int64_t end) {
-        for (int64_t slice = begin; slice < end; ++slice) {
-          Worker<Pixel>& worker = workers[static_cast<size_t>(slice)];
-          for (int64_t r = rows * slice / slices; r < rows * (slice + 1) / slices; ++r) {
-            const Pixel* corner = nullptr;
-            if (in.index[r] >= 0) corner = static_cast<const Pixel*>(in.clip) + worker.layout.corner(shape, r / in.count, in.index[r]);
-            body(worker, r, pred_type, corner);
-          }
-        }
-      });
+  const Work& operator[](int64_t worker) const { return work_[static_cast<size_t>(worker)]; }
+
+ private:
+  std::vector<float> floats_;
+  std::vector<double> doubles_;
+  std::vector<uint8_t> bytes_;
+  std::vector<Work> work_;
+};
+
+}  // namespace
+}  // namespace vmae2
+
+#define VMAE2_KERNELS "reconstruction_kernels.h"
+#include "each_isa.h"
+
+namespace vmae2 {
+namespace {
+
+Job prepare(const char* op, const Reconstruction& in) {
+  const Clip& s = in.shape;
+  check_clip(op, s);
+  check_index(op, in.index, s.batch, in.count, s.tokens());
+  const auto channels = static_cast<size_t>(s.channels);
+  if (in.mean.size() != channels || in.std.size() != channels) {
+    throw std::invalid_argument(std::string(op) + ": mean and std need one value a channel");
+  }
+  Job job{};
+  job.pred = in.pred;
+  job.clip = in.clip;
+  job.shape = s;
+  job.layout = Layout::of(in.clip_dtype, s);
+  job.index = in.index;
+  job.count = in.count;
+  job.row = s.row();
+  job.line = s.patch * s.channels;
+  const int64_t least = s.channels / std::gcd(s.channels, int64_t{16});
+  job.period = least == 1 ? 4 : least;  // several independent sums also where one vector would do
+  job.mean = in.mean.data();
+  job.std = in.std.data();
+  return job;
+}
+
+// Run kernels<Pixel, Pred, P>(job, work, begin, end) over all rows, `which` one of the two below.
+template <class Pick>
+void run_rows(const char* op, const Reconstruction& in, const Job& job, int threads, const Pick& pick) {
+  const Scratch scratch(job, threads);
+  with_pixel(in.clip_dtype, op, [&](auto pixel) {
+    with_float(in.pred_dtype, op, [&](auto pred) {
+      const auto run = [&](auto period) {
+        const auto kernel = pick(pixel, pred, period);
+        parallel_slices(in.shape.batch * in.count, 4 * job.row, threads,
+                        [&](int64_t begin, int64_t end, int64_t worker) { kernel(job, scratch[worker], begin, end); });
+      };
+      switch (job.period) {
+        case 3: return run(std::integral_constant<int, 3>{});
+        case 4: return run(std::integral_constant<int, 4>{});
+        default: return run(std::integral_constant<int, 0>{});
+      }
     });
   });
 }
@@ -163,16 +123,18 @@ void for_rows(const char* op, const Reconstruction& in, bool normalize, int thre
 
 void reconstruction_loss(const Reconstruction& in, bool normalize, float* statistics, float* loss_sum, int64_t* count_out,
                          int threads) {
-  const int64_t rows = in.shape.batch * in.count, row = in.shape.row(), kept = 2 * in.shape.channels;
+  Job job = prepare("reconstruction_loss", in);
+  if (normalize && job.row / in.shape.channels < 2) {
+    throw std::invalid_argument("reconstruction_loss: a patch of one pixel has no variance");
+  }
+  const int64_t rows = in.shape.batch * in.count;
   // One loss a row, added up in row order below: the sum does not depend on the number of threads.
-  std::vector<double> losses(static_cast<size_t>(std::max<int64_t>(rows, 0)), 0.0);
-  for_rows("reconstruction_loss", in, normalize, threads, [&](auto& worker, int64_t r, auto type, const auto* corner) {
-    float* out = statistics + r * kept;
-    if (corner == nullptr) return std::fill(out, out + kept, 0.0f);
-    worker.read(corner);
-    if (normalize) worker.statistics();
-    worker.keep(out);
-    losses[static_cast<size_t>(r)] = worker.loss(static_cast<const decltype(type)*>(in.pred) + r * row);
+  std::vector<double> losses(static_cast<size_t>(rows));
+  job.normalize = normalize;
+  job.statistics = statistics;
+  job.losses = losses.data();
+  run_rows("reconstruction_loss", in, job, threads, [](auto pixel, auto pred, auto period) {
+    return VMAE2_PICK(loss_rows<decltype(pixel), decltype(pred), decltype(period)::value>);
   });
   double sum = 0;
   int64_t valid = 0;
@@ -186,17 +148,13 @@ void reconstruction_loss(const Reconstruction& in, bool normalize, float* statis
 
 void reconstruction_loss_backward(const float* upstream, const Reconstruction& in, const float* statistics, void* grad,
                                   int threads) {
-  const int64_t row = in.shape.row(), kept = 2 * in.shape.channels;
-  const auto scale = static_cast<float>(static_cast<double>(*upstream) * 2.0 / static_cast<double>(row));
-  for_rows("reconstruction_loss_backward", in, false, threads, [&](auto& worker, int64_t r, auto type, const auto* corner) {
-    auto* out = static_cast<decltype(type)*>(grad) + r * row;
-    if (corner == nullptr) {
-      std::memset(static_cast<void*>(out), 0, static_cast<size_t>(row) * sizeof(*out));
-      return;
-    }
-    worker.read(corner);
-    worker.restore(statistics + r * kept);
-    worker.gradient(static_cast<const decltype(type)*>(in.pred) + r * row, scale, out);
+  Job job = prepare("reconstruction_loss_backward", in);
+  job.statistics = const_cast<float*>(statistics);
+  job.scale = static_cast<float>(static_cast<double>(*upstream) * 2.0 / static_cast<double>(job.row));
+  job.grad = grad;
+  expect_writes(grad, in.shape.batch * in.count * job.row * (in.pred_dtype == Dtype::f32 ? 4 : 2));
+  run_rows("reconstruction_loss_backward", in, job, threads, [](auto pixel, auto pred, auto period) {
+    return VMAE2_PICK(gradient_rows<decltype(pixel), decltype(pred), decltype(period)::value>);
   });
 }
 

@@ -58,6 +58,13 @@ void launch(const char* op, const Queue& queue, void (*kernel)(Parameters...), i
   check(op, cudaGetLastError());
 }
 
+// Queue writing `bytes` zeros.
+inline void fill_zeros(const char* op, const Queue& queue, void* memory, size_t bytes) {
+  if (bytes == 0) return;
+  const DeviceGuard guard(op, queue.device);
+  check(op, cudaMemsetAsync(memory, 0, bytes, reinterpret_cast<cudaStream_t>(queue.stream)));
+}
+
 // The block's dynamic shared memory, the only kind that kernels use: 16-byte aligned, its contents undefined.
 #ifdef __CUDACC__
 __device__ inline unsigned char* shared_memory() {

@@ -126,6 +126,7 @@ void scatter_patches(const void* rows, Dtype dtype, const int32_t* index, int64_
   const Geometry g = geometry(op, dtype, shape, count);
   with_device_float(dtype, op, [&](auto type) {
     using T = decltype(type);
+    fill_zeros(op, queue, clip, static_cast<size_t>(shape.batch * shape.tokens() * shape.row()) * sizeof(T));
     launch(op, queue, scatter_elements<T>, shape.batch * count, kThreads, 0, static_cast<const T*>(rows), index,
            static_cast<T*>(clip), g, pixel_order);
   });

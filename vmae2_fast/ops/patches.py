@@ -179,7 +179,7 @@ def _scatter_native(
 ) -> Tensor:
     rows = rows.contiguous()
     frames, height, width = grid
-    clip = rows.new_zeros(rows.shape[0], channels, frames * tubelet, height * patch, width * patch)
+    clip = rows.new_empty(rows.shape[0], channels, frames * tubelet, height * patch, width * patch)
     _native.run(
         "scatter_patches",
         rows.device,

@@ -1,0 +1,61 @@
+// Sixteen float lanes in two AVX registers. See each_isa.h.
+
+struct Floats {
+  __m256 low, high;
+};
+
+VMAE2_INLINE Floats splat(float value) { return {_mm256_set1_ps(value), _mm256_set1_ps(value)}; }
+
+VMAE2_INLINE Floats operator+(Floats a, Floats b) { return {_mm256_add_ps(a.low, b.low), _mm256_add_ps(a.high, b.high)}; }
+VMAE2_INLINE Floats operator-(Floats a, Floats b) { return {_mm256_sub_ps(a.low, b.low), _mm256_sub_ps(a.high, b.high)}; }
+VMAE2_INLINE Floats operator*(Floats a, Floats b) { return {_mm256_mul_ps(a.low, b.low), _mm256_mul_ps(a.high, b.high)}; }
+
+// Sixteen bytes, and as floats.
+using Bytes = __m128i;
+VMAE2_INLINE Bytes load_bytes(const uint8_t* in) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(in)); }
+VMAE2_INLINE Bytes shuffle(Bytes bytes, Bytes from) { return _mm_shuffle_epi8(bytes, from); }  // 0 where from's top bit is set
+VMAE2_INLINE Bytes either(Bytes a, Bytes b) { return _mm_or_si128(a, b); }
+VMAE2_INLINE Floats widen(Bytes bytes) {
+  return {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes)), _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_srli_si128(bytes, 8)))};
+}
+
+VMAE2_INLINE Floats load16(const uint8_t* in) { return widen(load_bytes(in)); }
+
+VMAE2_INLINE Floats load16(const float* in) { return {_mm256_loadu_ps(in), _mm256_loadu_ps(in + 8)}; }
+
+VMAE2_INLINE __m256 load8(const bf16* in) {
+  const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(in));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
+}
+VMAE2_INLINE Floats load16(const bf16* in) { return {load8(in), load8(in + 8)}; }
+
+VMAE2_INLINE __m256 load8(const f16* in) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(in))); }
+VMAE2_INLINE Floats load16(const f16* in) { return {load8(in), load8(in + 8)}; }
+
+VMAE2_INLINE void store16(float* out, Floats value) {
+  _mm256_storeu_ps(out, value.low);
+  _mm256_storeu_ps(out + 8, value.high);
+}
+
+// The upper half of each float, rounded; NaN becomes 0x7fc0. As store(bf16&, float).
+VMAE2_INLINE __m256i rounded(__m256 value) {
+  const __m256i bits = _mm256_castps_si256(value), last = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i sum = _mm256_add_epi32(bits, _mm256_add_epi32(last, _mm256_set1_epi32(0x7fff)));
+  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(value, value, _CMP_UNORD_Q));
+  return _mm256_blendv_epi8(_mm256_srli_epi32(sum, 16), _mm256_set1_epi32(0x7fc0), nan);
+}
+VMAE2_INLINE void store16(bf16* out, Floats value) {
+  const __m256i mixed = _mm256_packus_epi32(rounded(value.low), rounded(value.high));  // 128-bit halves of both, interleaved
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm256_permute4x64_epi64(mixed, _MM_SHUFFLE(3, 1, 2, 0)));
+}
+
+// NaN keeps its sign but not its payload, as in store(f16&, float).
+VMAE2_INLINE __m128i half8(__m256 value) {
+  const __m256 quiet = _mm256_or_ps(_mm256_and_ps(value, _mm256_set1_ps(-0.0f)), _mm256_castsi256_ps(_mm256_set1_epi32(0x7fc00000)));
+  const __m256 nan = _mm256_cmp_ps(value, value, _CMP_UNORD_Q);
+  return _mm256_cvtps_ph(_mm256_blendv_ps(value, quiet, nan), _MM_FROUND_TO_NEAREST_INT);
+}
+VMAE2_INLINE void store16(f16* out, Floats value) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(out), half8(value.low));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(out + 8), half8(value.high));
+}

@@ -1,0 +1,52 @@
+// Sixteen float lanes in one AVX-512 register. See each_isa.h.
+
+struct Floats {
+  __m512 all;
+};
+
+VMAE2_INLINE Floats splat(float value) { return {_mm512_set1_ps(value)}; }
+
+VMAE2_INLINE Floats operator+(Floats a, Floats b) { return {_mm512_add_ps(a.all, b.all)}; }
+VMAE2_INLINE Floats operator-(Floats a, Floats b) { return {_mm512_sub_ps(a.all, b.all)}; }
+VMAE2_INLINE Floats operator*(Floats a, Floats b) { return {_mm512_mul_ps(a.all, b.all)}; }
+
+// Sixteen bytes, and as floats.
+using Bytes = __m128i;
+VMAE2_INLINE Bytes load_bytes(const uint8_t* in) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(in)); }
+VMAE2_INLINE Bytes shuffle(Bytes bytes, Bytes from) { return _mm_shuffle_epi8(bytes, from); }  // 0 where from's top bit is set
+VMAE2_INLINE Bytes either(Bytes a, Bytes b) { return _mm_or_si128(a, b); }
+VMAE2_INLINE Floats widen(Bytes bytes) { return {_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes))}; }
+
+VMAE2_INLINE Floats load16(const uint8_t* in) { return widen(load_bytes(in)); }
+
+VMAE2_INLINE Floats load16(const float* in) { return {_mm512_loadu_ps(in)}; }
+
+VMAE2_INLINE Floats load16(const bf16* in) {
+  const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(in));
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16))};
+}
+
+VMAE2_INLINE Floats load16(const f16* in) {
+  return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(in)))};
+}
+
+VMAE2_INLINE void store16(float* out, Floats value) { _mm512_storeu_ps(out, value.all); }
+
+// The upper half of each float, rounded; NaN becomes 0x7fc0. As store(bf16&, float); AVX512_BF16 would flush subnormals.
+VMAE2_INLINE void store16(bf16* out, Floats value) {
+  const __m512i bits = _mm512_castps_si512(value.all);
+  const __m512i last = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i sum = _mm512_add_epi32(bits, _mm512_add_epi32(last, _mm512_set1_epi32(0x7fff)));
+  const __mmask16 nan = _mm512_cmp_ps_mask(value.all, value.all, _CMP_UNORD_Q);
+  const __m512i half = _mm512_mask_mov_epi32(_mm512_srli_epi32(sum, 16), nan, _mm512_set1_epi32(0x7fc0));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm512_cvtepi32_epi16(half));
+}
+
+// NaN keeps its sign but not its payload, as in store(f16&, float).
+VMAE2_INLINE void store16(f16* out, Floats value) {
+  const __m512i bits = _mm512_castps_si512(value.all);
+  const __m512i sign = _mm512_and_si512(bits, _mm512_set1_epi32(static_cast<int>(0x80000000u)));
+  const __mmask16 nan = _mm512_cmp_ps_mask(value.all, value.all, _CMP_UNORD_Q);
+  const __m512i clean = _mm512_mask_or_epi32(bits, nan, sign, _mm512_set1_epi32(0x7fc00000));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm512_cvtps_ph(_mm512_castsi512_ps(clean), _MM_FROUND_TO_NEAREST_INT));
+}
