@@ -30,7 +30,7 @@ WIDE = [
     (r"reconstruction_loss .*/loss_kernel", 128, 32),
     (r"reconstruction_loss .*/gradient_kernel", 128, 128),
     (r"decoder_tokens .*/assemble_kernel", 128, 128),
-    (r"decoder_tokens_backward .*/column_sum_kernel", 128, 32),
+    (r"decoder_tokens_backward .*/column_sum_kernel 1", 128, 32),
 ]
 
 

@@ -37,6 +37,8 @@ def define(
     LIBRARY.impl(name, body, "CompositeExplicitAutograd")
     LIBRARY.impl(name, functools.partial(_refuse_transform, name), "FuncTorchDynamicLayerFrontMode")
     torch.library.register_fake(f"vmae2::{name}", fake, lib=LIBRARY)
+    if "!)" in schema:  # fills a tensor it is given: there is nothing to differentiate
+        return getattr(torch.ops.vmae2, name).default
     if backward is None:  # without a rule autograd would go on with a gradient that silently misses a term
         backward, setup_context = functools.partial(_refuse_gradient, name), None
     torch.library.register_autograd(f"vmae2::{name}", backward, setup_context=setup_context, lib=LIBRARY)

@@ -93,7 +93,9 @@ def configurations(name: str, call: Callable[..., Any], *arguments: Any) -> list
     """The configurations of all kernels that `call(*arguments)` launches. Nothing runs; tensors are on the CPU."""
     with _recorded() as launches:
         call(*arguments)
-    return [_configuration(f"{name}/{item.kernel.__name__.strip('_')}", item) for item in launches]
+    kernels = [item.kernel.__name__.strip("_") for item in launches]
+    names = [k if kernels.count(k) == 1 else f"{k} {1 + kernels[:i].count(k)}" for i, k in enumerate(kernels)]
+    return [_configuration(f"{name}/{n}", item) for n, item in zip(names, launches)]
 
 
 @contextlib.contextmanager

@@ -29,7 +29,7 @@ def _reference(
     b, v, d = visible.shape
     dtype = _output_dtype(visible, mask_token)
     rows = torch.cat((visible_index, decode_index), dim=1).view(-1)
-    out = position_table.to(statistics_dtype(dtype)).index_select(0, rows).view(b, -1, d)
+    out = position_table.to(statistics_dtype(dtype)).index_select(0, rows).view(b, v + decode_index.shape[1], d)
     out[:, :v].add_(visible)
     out[:, v:].add_(mask_token)
     return out.to(dtype)

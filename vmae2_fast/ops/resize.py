@@ -94,7 +94,7 @@ def _resize_native(buffer: Tensor, table: Tensor, out: Tensor, threads: int) -> 
         _native.address(table, (torch.int64,), "resize_crop: table"),
         *out.shape,
         _native.address(out, (torch.uint8,), "resize_crop: out [B, T, H, W, C]"),
-        threads or _native.threads(),
+        threads or torch.get_num_threads(),
     )
 
 
