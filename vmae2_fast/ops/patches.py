@@ -321,9 +321,9 @@ def scatter_patches(
 
     rows: floating point [B, K, C*tubelet*patch*patch]; index: int32 [B, K] (int64 is converted), ids of a row distinct,
     -1 leaves a row out; grid: (T', H', W'). `order` is that of the rows: "pixel" for predictions. float64 runs the
-    reference whatever the backend request says. The native CUDA kernel, which cannot look at ids without waiting, leaves out
-    rows of ids outside the grid and lets the last row of a token win. Raises ValueError for mismatched shapes, IndexError
-    (on CPU) for ids outside the grid.
+    reference whatever the backend request says. Raises ValueError for mismatched shapes, IndexError (on CPU) for ids outside
+    the grid. The native CUDA kernel, which cannot look at ids without waiting, leaves out rows of ids outside the grid and
+    lets the last row of a token win; it takes at most 16 channels.
     """
     width = channels * tubelet * patch * patch
     check(
