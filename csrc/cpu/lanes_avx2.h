@@ -59,3 +59,36 @@ VMAE2_INLINE void store16(f16* out, Floats value) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(out), half8(value.low));
   _mm_storeu_si128(reinterpret_cast<__m128i*>(out + 8), half8(value.high));
 }
+
+// Sixteen unsigned 32-bit words.
+struct Words {
+  __m256i low, high;
+};
+
+VMAE2_INLINE Words splat_word(uint32_t value) {
+  const __m256i all = _mm256_set1_epi32(static_cast<int>(value));
+  return {all, all};
+}
+
+VMAE2_INLINE Words load_words(const uint32_t* in) {
+  return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(in)), _mm256_loadu_si256(reinterpret_cast<const __m256i*>(in + 8))};
+}
+
+VMAE2_INLINE void store_words(uint32_t* out, Words value) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), value.low);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + 8), value.high);
+}
+
+VMAE2_INLINE Words operator^(Words a, Words b) { return {_mm256_xor_si256(a.low, b.low), _mm256_xor_si256(a.high, b.high)}; }
+
+// Upper and lower 32 bits of the products with a number: even and odd lanes apart, then woven together.
+VMAE2_INLINE void multiply8(__m256i a, __m256i by, __m256i& high, __m256i& low) {
+  const __m256i even = _mm256_mul_epu32(a, by), odd = _mm256_mul_epu32(_mm256_srli_epi64(a, 32), by);
+  high = _mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xaa);
+  low = _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa);
+}
+VMAE2_INLINE void multiply(Words a, uint32_t by, Words& high, Words& low) {
+  const __m256i all = _mm256_set1_epi32(static_cast<int>(by));
+  multiply8(a.low, all, high.low, low.low);
+  multiply8(a.high, all, high.high, low.high);
+}

@@ -50,3 +50,24 @@ VMAE2_INLINE void store16(f16* out, Floats value) {
   const __m512i clean = _mm512_mask_or_epi32(bits, nan, sign, _mm512_set1_epi32(0x7fc00000));
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm512_cvtps_ph(_mm512_castsi512_ps(clean), _MM_FROUND_TO_NEAREST_INT));
 }
+
+// Sixteen unsigned 32-bit words.
+struct Words {
+  __m512i all;
+};
+
+VMAE2_INLINE Words splat_word(uint32_t value) { return {_mm512_set1_epi32(static_cast<int>(value))}; }
+
+VMAE2_INLINE Words load_words(const uint32_t* in) { return {_mm512_loadu_si512(in)}; }
+
+VMAE2_INLINE void store_words(uint32_t* out, Words value) { _mm512_storeu_si512(out, value.all); }
+
+VMAE2_INLINE Words operator^(Words a, Words b) { return {_mm512_xor_si512(a.all, b.all)}; }
+
+// Upper and lower 32 bits of the products with a number: even and odd lanes apart, then woven together.
+VMAE2_INLINE void multiply(Words a, uint32_t by, Words& high, Words& low) {
+  const __m512i all = _mm512_set1_epi32(static_cast<int>(by));
+  const __m512i even = _mm512_mul_epu32(a.all, all), odd = _mm512_mul_epu32(_mm512_srli_epi64(a.all, 32), all);
+  high.all = _mm512_mask_mov_epi32(_mm512_srli_epi64(even, 32), 0xaaaa, odd);
+  low.all = _mm512_mask_mov_epi32(even, 0xaaaa, _mm512_slli_epi64(odd, 32));
+}

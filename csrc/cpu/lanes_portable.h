@@ -36,3 +36,36 @@ VMAE2_INLINE Floats operator*(Floats a, Floats b) {
   for (int i = 0; i < 16; ++i) a.at[i] *= b.at[i];
   return a;
 }
+
+// Sixteen unsigned 32-bit words.
+struct Words {
+  uint32_t at[16];
+};
+
+VMAE2_INLINE Words splat_word(uint32_t value) {
+  Words out;
+  for (uint32_t& lane : out.at) lane = value;
+  return out;
+}
+
+VMAE2_INLINE Words load_words(const uint32_t* in) {
+  Words out;
+  std::memcpy(out.at, in, sizeof(out.at));
+  return out;
+}
+
+VMAE2_INLINE void store_words(uint32_t* out, Words value) { std::memcpy(out, value.at, sizeof(value.at)); }
+
+VMAE2_INLINE Words operator^(Words a, Words b) {
+  for (int i = 0; i < 16; ++i) a.at[i] ^= b.at[i];
+  return a;
+}
+
+// Upper and lower 32 bits of the products with a number.
+VMAE2_INLINE void multiply(Words a, uint32_t by, Words& high, Words& low) {
+  for (int i = 0; i < 16; ++i) {
+    const uint64_t product = uint64_t{by} * a.at[i];
+    high.at[i] = static_cast<uint32_t>(product >> 32);
+    low.at[i] = static_cast<uint32_t>(product);
+  }
+}
