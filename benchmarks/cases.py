@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -70,7 +70,7 @@ class Batch:
         self.position = torch.arange(number * clips, (number + 1) * clips, device=device)
         self.view = torch.zeros_like(self.position)
         self.mask = our_dual_mask(self.position, self.view, grid=self.spec.grid, seed=0)
-        self.cube: dict[str, int] = {"patch": self.spec.patch, "tubelet": self.spec.tubelet}
+        self.cube: dict[str, Any] = {"patch": self.spec.patch, "tubelet": self.spec.tubelet}
         self.colour = strong.row_colour(self.spec, baselines.MEAN, baselines.STD, device)
 
     def random(self, *shape: int, scale: float = 1.0) -> Tensor:
@@ -165,8 +165,13 @@ class Case:
     backward_flops: int = 0
     random: bool = False
     """Alternatives draw other numbers: strong agrees in shapes, plain not even in those."""
-    arrange: Call = field(default=lambda result: result)
+    arrange: Callable[[Any], Any] = lambda result: result
     """Brings strong's result into the order of ours, to be compared."""
+
+
+def each(forms: dict[str, Any], call: Callable[[Any, Batch], Any]) -> dict[str, Call]:
+    """Forms of one function, each called with what it takes from the batch."""
+    return {name: functools.partial(call, form) for name, form in forms.items()}
 
 
 @dataclass(frozen=True)
@@ -203,7 +208,7 @@ def dual_mask(x: Batch, compiled: Callable) -> Case:
     return Case(
         ours=lambda b: tuple(our_dual_mask(position, view, grid=grid, seed=0)),
         plain=lambda b: masks_from_rng(rng, MASKS, grid=grid),
-        strong={sort: lambda b, sort=sort: strong.masks(MASKS, grid, sizes, phases, sort) for sort in ("argsort", "topk")},
+        strong=each({n: n for n in ("argsort", "topk")}, lambda sort, b: strong.masks(MASKS, grid, sizes, phases, sort)),
         bytes=MASKS * (16 + 4 * (sizes[0] + sizes[1] + 2 * sizes[2])), random=True,
         shapes={"samples": MASKS, "grid": list(grid)},
     )  # fmt: skip
@@ -225,8 +230,7 @@ def gather_patches(x: Batch, compiled: Callable) -> Case:
 
     return Case(
         ours=lambda b: our_gather_patches(b.clip, b.mask.visible_index, **b.cube, dtype=b.dtype), plain=plain_rows,
-        strong={name: lambda b, form=form: form(b.clip, b.mask.visible_index, scale=b.colour[0], shift=b.colour[1])
-                for name, form in forms.items()},
+        strong=each(forms, lambda form, b: form(b.clip, b.mask.visible_index, scale=b.colour[0], shift=b.colour[1])),
         bytes=index.numel() * (spec.patch_values * (1 + x.dtype.itemsize) + 4), arrange=to_conv_order,
         shapes={"clip": list(x.clip.shape), "index": list(index.shape)},
     )  # fmt: skip
@@ -250,16 +254,13 @@ def embed(x: Batch, compiled: Callable) -> Case:
     def strong_tokens(clip: Tensor, index: Tensor, scale: Tensor, shift: Tensor, *layer: Tensor) -> Tensor:
         return strong.embed(strong.rows(clip, index, spec, scale, shift, x.dtype), index, *layer)
 
-    def bound(form: Callable) -> Call:
-        def call(b: Batch) -> Tensor:
-            layer, positions = b.embedding
-            return form(b.clip, b.mask.visible_index, *b.colour, layer.proj.weight, layer.proj.bias, positions.table[None])
-
-        return call
+    def bound(form: Callable, b: Batch) -> Tensor:
+        layer, positions = b.embedding
+        return form(b.clip, b.mask.visible_index, *b.colour, layer.proj.weight, layer.proj.bias, positions.table[None])
 
     weight, element, table = width * spec.patch_values, x.dtype.itemsize, min(index.numel(), spec.tokens)
     return Case(
-        ours=ours, plain=plain_tokens, strong={"eager": bound(strong_tokens), "compiled": bound(compiled(strong_tokens))},
+        ours=ours, plain=plain_tokens, strong=each({"eager": strong_tokens, "compiled": compiled(strong_tokens)}, bound),
         bytes=index.numel() * (spec.patch_values + 4 + element * width) + 4 * (weight + width * table),
         flops=2 * index.numel() * weight, gradient=lambda b: tuple(b.embedding[0].parameters()),
         backward_bytes=index.numel() * element * (spec.patch_values + width) + 4 * weight,
@@ -277,7 +278,7 @@ def scatter_patches(x: Batch, compiled: Callable) -> Case:
     return Case(
         ours=lambda b: our_scatter_patches(b.rows, b.mask.visible_index, grid=grid, channels=spec.channels, **b.cube),
         plain=lambda b: plain.scatter(b.rows, b.hidden, spec),
-        strong={name: lambda b, form=form: form(b.rows, b.mask.visible_index, spec) for name, form in forms.items()},
+        strong=each(forms, lambda form, b: form(b.rows, b.mask.visible_index, spec)),
         bytes=moved + x.clip.numel() * x.dtype.itemsize, gradient=lambda b: (b.rows,),
         backward_bytes=2 * x.rows.numel() * x.dtype.itemsize + 4 * x.mask.visible_index.numel(),
         shapes={"rows": list(x.rows.shape), "grid": list(grid)},
@@ -300,7 +301,7 @@ def reconstruction_loss(x: Batch, compiled: Callable) -> Case:
     patch, element = spec.patch_values, x.dtype.itemsize
     return Case(
         ours=lambda b: our_reconstruction_loss(b.pred, b.clip, b.mask.loss_index, **b.cube), plain=plain_loss,
-        strong={name: lambda b, form=form: form(b.pred, b.clip, b.mask.loss_index, spec) for name, form in forms.items()},
+        strong=each(forms, lambda form, b: form(b.pred, b.clip, b.mask.loss_index, spec)),
         bytes=index.numel() * (patch * (1 + element) + 4), gradient=lambda b: (b.pred,),
         # Clip and prediction are read once more: the gradient is not known before upstream's is.
         backward_bytes=index.numel() * (patch * (1 + 2 * element) + 4),
@@ -317,7 +318,7 @@ def decoder_tokens(x: Batch, compiled: Callable) -> Case:
     return Case(
         ours=lambda b: our_decoder_tokens(*b.decoder[:2], b.decoder[2][0], *b.mask[:2]),
         plain=lambda b: plain.decoder_tokens(*b.decoder, b.hidden, b.left_out),
-        strong={name: lambda b, form=form: form(*b.decoder, *b.mask[:2]) for name, form in forms.items()},
+        strong=each(forms, lambda form, b: form(*b.decoder, *b.mask[:2])),
         bytes=tokens.numel() * x.dtype.itemsize + rows * (4 + 4 * width) + 4 * table.numel(), gradient=lambda b: b.decoder[:2],
         backward_bytes=4 * rows * width + tokens.numel() * x.dtype.itemsize,
         shapes={"visible": list(tokens.shape), "rows": rows},

@@ -111,13 +111,10 @@ class Contest:
             if which in self.forms:
                 got = [self.case.arrange(got[0]), *got[1:]]
             for g, w in zip(got, want, strict=True):
-                if w.is_floating_point():
-                    exact = {"rtol": 0.0, "atol": TOLERANCE[self.dtype] * float(w.abs().max() if w.numel() else 0)}
-                else:
-                    exact = {"rtol": 0.0, "atol": 0.0}
-                named = functools.partial("{0}, {1}, {2}: {3} differs from the reference: {4}".format, self.name, self.size,
-                                          self.direction, which)  # fmt: skip
-                torch.testing.assert_close(g.to(w.dtype), w, msg=named, **exact)
+                inexact = w.is_floating_point() and w.numel()
+                allowed = TOLERANCE[self.dtype] * float(w.abs().max()) if inexact else 0.0
+                where = f"{self.name}, {self.size}, {self.direction}: {which} differs from the reference: "
+                torch.testing.assert_close(g.to(w.dtype), w, rtol=0.0, atol=allowed, msg=where.__add__)
 
     def _results(self, which: str) -> list[Any]:
         with self.settings(which):

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -162,7 +162,7 @@ def free(device: torch.device) -> None:
 def steps_of(size: str, context: Context) -> Result:
     """Whole pre-training steps of a model: ours, strong and plain, with peak memory."""
     config = TOY[size] if context.dry_run else cases.MODELS[size]
-    batch, mode = (2 if context.dry_run else cases.GPU_BATCH[size]), ("whole" if size == "vit_b" else "blocks")
+    batch, mode = 2 if context.dry_run else cases.GPU_BATCH[size], WHAT_IS_COMPILED[size]
     known = read(context.out / "ceilings.json").get("result", {}).get("gemm_bf16_tflops")
     return steps.measure_steps(steps.StepBench(
         config, batch, context.device, torch.bfloat16, rounds=2 if context.dry_run else 9,
@@ -279,6 +279,7 @@ def data_share(context: Context) -> Result:
     return result
 
 
+WHAT_IS_COMPILED: dict[str, Literal["whole", "blocks"]] = {"vit_b": "whole", "vit_g": "blocks"}
 OP_SECTIONS = [name for name in cases.CASES if not name.endswith("attention")]
 SECTIONS: dict[str, tuple[Callable[[Context], Result], float]] = {  # and the seconds each may take
     "environment": (environment, 60),
