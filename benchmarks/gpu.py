@@ -1,6 +1,6 @@
 """The one GPU entry point: `make gpu-check`, or `python -m vmae2_fast.benchmarks.gpu`.
 
-Runs in the interpreter it is started with, uses no network, and needs torch, triton, numpy and pytest only.
+Runs in the interpreter it is started with, uses no network, and needs torch, triton, numpy, safetensors, tqdm and pytest only.
 Each section runs in its own process (a crash or an exhausted card takes down one section, not the others) within its own
 time box, and writes OUT/SECTION.json as soon as it ends. A section whose result is there is skipped, a failed one runs
 again, so the command can be repeated until everything is done:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from vmae2_fast import backend
 from vmae2_fast.config import unknown
@@ -185,8 +186,6 @@ def bench_ops(only: Iterable[str] = (), *, rounds: int = 15, threads: int = 0, t
     `ratio_vs_strong` is against the fastest form, named under `strong`. Raises ValueError for unknown keys or numbers out of
     range, AssertionError if a variant computes something else.
     """
-    from tqdm import tqdm  # the sections of gpu-check use this file where there is only torch
-
     if rounds < 1:
         raise ValueError(f"rounds must be at least 1, got {rounds}")
     keys = chosen_keys(list(only))
