@@ -1,7 +1,8 @@
 """The honest alternatives: a pre-training step written the official way (plain) and a well-written torch one (strong).
 
-Both carry the state-dict keys of `vmae2_fast.models.PretrainViT`, so weights move between the three and `tie` lets them
-share one set of parameters. Both are checked against recorded numbers of the official code
+What each op is in either way stands in `plain.py` and `strong.py`; here are the models and the step. Both models carry the
+state-dict keys of `vmae2_fast.models.PretrainViT`, so weights move between the three and `tie` lets them
+share one set of parameters, and both are checked against recorded numbers of the official code
 (`tests/benchmarks/test_baselines.py`).
 
 - `Plain`: what the released VideoMAE V2 does. Fp32 normalised clip, Conv3d over every tubelet, positions added to every
@@ -27,6 +28,8 @@ from torch.utils.checkpoint import checkpoint
 
 from vmae2_fast.config import ModelConfig
 from vmae2_fast.models.sizes import StackSpec, resolve
+
+from . import plain, strong
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 MAX_LOG_SCALE = 4.6052  # as printed in the official code, not log(100): the difference is 3e-5 of the scale
@@ -56,8 +59,7 @@ class Attention(nn.Module):
             q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
             factor = self.scale.clamp(max=MAX_LOG_SCALE).exp()
         if self.materialised:
-            scores = q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1) if self.scale is None else q @ k.transpose(-2, -1) * factor
-            out = scores.softmax(-1).to(v.dtype) @ v
+            out = plain.attention(q, k, v, None if self.scale is None else factor)
         elif self.scale is None:
             out = F.scaled_dot_product_attention(q, k, v)
         else:
@@ -119,6 +121,8 @@ class _Pretrain(nn.Module):
     decoder: Any
     enc_positions: Tensor
     dec_positions: Tensor
+    row_scale: Tensor
+    row_shift: Tensor
 
     def __init__(self, config: ModelConfig, activation_checkpoint: bool = False) -> None:
         super().__init__()
@@ -134,11 +138,12 @@ class _Pretrain(nn.Module):
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_width))
         self.decoder = _Stack(config, spec.decoder, self.materialised)
         self.decoder.head = nn.Linear(decoder_width, spec.patch_values)
-        self.register_buffer("enc_positions", sinusoid(spec.tokens, width), persistent=False)
-        self.register_buffer("dec_positions", sinusoid(spec.tokens, decoder_width), persistent=False)
-
-    def _colour(self, like: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        return like.new_tensor(self.mean).view(shape), like.new_tensor(self.std).view(shape)
+        with torch.device("cpu"):  # real also in a model built on the meta device: `tie` brings parameters only
+            self.register_buffer("enc_positions", sinusoid(spec.tokens, width), persistent=False)
+            self.register_buffer("dec_positions", sinusoid(spec.tokens, decoder_width), persistent=False)
+            scale, shift = strong.row_colour(spec, self.mean, self.std, torch.device("cpu"))
+            self.register_buffer("row_scale", scale, persistent=False)
+            self.register_buffer("row_shift", shift, persistent=False)
 
 
 class Plain(_Pretrain):
@@ -148,32 +153,20 @@ class Plain(_Pretrain):
 
     def forward(self, clip: Tensor, encoder_mask: Tensor, decoder_mask: Tensor) -> Tensor:
         """Predictions [B, Nd, K] of the decoded tokens (decoder_mask False), ascending."""
-        b = clip.shape[0]
-        tokens = self.encoder.patch_embed.proj(clip).flatten(2).transpose(1, 2)
-        tokens = tokens + self.enc_positions.to(tokens.dtype)
-        x = tokens[~encoder_mask].reshape(b, -1, tokens.shape[-1])
+        embed = self.encoder.patch_embed.proj
+        x = plain.embed(clip, encoder_mask, embed.weight, embed.bias, self.enc_positions)
         x = self.encoder_to_decoder(self.encoder.norm(self.encoder.run(x, self.activation_checkpoint)))
-        positions = self.dec_positions.to(x.dtype).expand(b, -1, -1)
-        visible = positions[~encoder_mask].reshape(b, -1, x.shape[-1])
-        decoded = positions[~decoder_mask].reshape(b, -1, x.shape[-1])
-        x = torch.cat([x + visible, self.mask_token + decoded], dim=1)
-        x = self.decoder.run(x, self.activation_checkpoint)[:, -decoded.shape[1] :]
+        visible = x.shape[1]
+        x = plain.decoder_tokens(x, self.mask_token, self.dec_positions, encoder_mask, decoder_mask)
+        x = self.decoder.run(x, self.activation_checkpoint)[:, visible:]
         return self.decoder.head(self.decoder.norm(x))
 
     def loss(self, clip: Tensor, encoder_mask: Tensor, decoder_mask: Tensor, normalize: bool = True) -> Tensor:
         """Mean squared error over tokens that are decoded and hidden from the encoder; targets are built for all tokens."""
-        d, b = self.spec, clip.shape[0]
         with torch.no_grad():
-            mean, std = self._colour(clip, (1, -1, 1, 1, 1))
-            t, h, w = d.grid
-            pixels = (clip * std + mean).reshape(b, d.channels, t, d.tubelet, h, d.patch, w, d.patch)
-            target = pixels.permute(0, 2, 4, 6, 3, 5, 7, 1).reshape(b, d.tokens, -1, d.channels)
-            if normalize:
-                spread = target.var(dim=-2, unbiased=True, keepdim=True).sqrt() + 1e-6
-                target = (target - target.mean(dim=-2, keepdim=True)) / spread
-            target = target.flatten(2)[~decoder_mask].reshape(b, -1, d.patch_values)
+            target = plain.targets(clip, decoder_mask, self.spec, self.mean, self.std, normalize)
         error = (self(clip, encoder_mask, decoder_mask) - target).pow(2).mean(dim=-1)
-        counted = encoder_mask[~decoder_mask].reshape(b, -1)
+        counted = encoder_mask[~decoder_mask].reshape(len(clip), -1)
         return (error * counted).sum() / counted.sum()
 
 
@@ -182,39 +175,21 @@ class Strong(_Pretrain):
 
     materialised = False
 
-    def patches(self, clip: Tensor, index: Tensor) -> Tensor:
-        """The patches `index` [B, K] names, cut before any arithmetic, as pixels in [0, 1]: [B, K, tubelet, p, p, C] fp32.
+    def rows(self, clip: Tensor, index: Tensor) -> Tensor:
+        """Normalised rows [B, V, K] of the encoder's tokens."""
+        return strong.rows(clip, index, self.spec, self.row_scale, self.row_shift)
 
-        In the pixel order of the targets: each line of a patch is one contiguous copy, and the embedding permutes its
-        small weight instead of the pixels.
-        """
-        d, b = self.spec, clip.shape[0]
-        t, h, w = d.grid
-        index = index.long()
-        clips = torch.arange(b, device=clip.device)[:, None]
-        frame, y, x = index // (h * w) * d.tubelet, index // w % h * d.patch, index % w
-        if clip.dtype != torch.uint8:
-            tiles = clip.view(b, d.channels, t, d.tubelet, h, d.patch, w, d.patch).permute(0, 2, 4, 6, 3, 5, 7, 1)
-            mean, std = self._colour(clip, (-1,))
-            return tiles[clips, index // (h * w), index // w % h, x].float() * std + mean
-        # The clip as lines of one patch's width: [B * T * H * w, p * C].
-        lines = clip.view(-1, d.patch * d.channels)
-        first = ((clips * d.frames + frame) * d.size + y) * w + x
-        inside = torch.arange(d.tubelet, device=clip.device)[:, None] * d.size + torch.arange(d.patch, device=clip.device)
-        rows = lines.index_select(0, (first[..., None] + inside.flatten() * w).flatten())
-        return rows.view(b, -1, d.tubelet, d.patch, d.patch, d.channels).float() / 255
+    def targets(self, clip: Tensor, index: Tensor, normalize: bool = True) -> Tensor:
+        """Targets [B, Nl, K] of the loss tokens; of token 0 where the index is padded."""
+        return strong.targets(clip, index.clamp(min=0), self.spec, self.mean, self.std, normalize)
 
     def forward(self, clip: Tensor, visible_index: Tensor, decode_index: Tensor) -> Tensor:
         """Predictions [B, Nd, K] of the decoded tokens."""
-        mean, std = self._colour(self.enc_positions, (-1,))
-        rows = (self.patches(clip, visible_index) - mean) / std
+        rows = self.rows(clip, visible_index)
         embed = self.encoder.patch_embed.proj
-        x = F.linear(rows.flatten(2), embed.weight.permute(0, 2, 3, 4, 1).flatten(1), embed.bias)
-        x = x + F.embedding(visible_index.long(), self.enc_positions[0])
+        x = strong.embed(rows, visible_index, embed.weight, embed.bias, self.enc_positions)
         x = self.encoder_to_decoder(self.encoder.norm(self.encoder.run(x, self.activation_checkpoint)))
-        visible = F.embedding(visible_index.long(), self.dec_positions[0])
-        decoded = F.embedding(decode_index.long(), self.dec_positions[0])
-        x = torch.cat([x + visible, self.mask_token + decoded], dim=1)
+        x = strong.decoder_tokens(x, self.mask_token, self.dec_positions, visible_index, decode_index)
         x = self.decoder.run(x, self.activation_checkpoint)[:, visible_index.shape[1] :]
         return self.decoder.head(self.decoder.norm(x))
 
@@ -223,11 +198,7 @@ class Strong(_Pretrain):
         """Mean squared error over the loss tokens; only their targets are built. `loss_index` is -1 where padded."""
         counted = loss_index >= 0
         with torch.no_grad():
-            target = self.patches(clip, loss_index.clamp(min=0)).flatten(2, 4)
-            if normalize:
-                spread = target.var(dim=-2, unbiased=True, keepdim=True).sqrt() + 1e-6
-                target = (target - target.mean(dim=-2, keepdim=True)) / spread
-            target = target.flatten(2)
+            target = self.targets(clip, loss_index, normalize)
         pred = self(clip, visible_index, decode_index)
         pred = pred[torch.arange(pred.shape[0], device=pred.device)[:, None], loss_slot.long()]
         error = (pred.float() - target).pow(2).mean(dim=-1)

@@ -1,8 +1,8 @@
-"""Whole pre-training steps side by side: ours, strong (eager, compiled) and plain (fp32, bf16, bf16 with checkpointing).
+"""Whole pre-training steps side by side: ours, strong (eager, compiled) and plain (in ours' dtype and in fp32).
 
 All variants share one set of parameters (`baselines.tie`) and see the same clips and masks, so their losses must agree
-before their times mean anything. First each runs alone, for its peak memory; then those that fit take turns, round by
-round, and the median over the rounds counts. A step is clip on the device -> loss -> gradients -> AdamW. Ours and strong
+before their times mean anything. First each runs alone (on a GPU: for its peak memory); then those that fit take turns, round
+by round, and the median over the rounds counts. A step is clip on the device -> loss -> gradients -> AdamW. Ours and strong
 start from uint8 clips, plain from the fp32 normalised ones its loader would send; ours draws its masks inside the step,
 the others are given theirs.
 """
@@ -10,11 +10,12 @@ the others are given theirs.
 from __future__ import annotations
 
 import gc
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -25,22 +26,10 @@ from vmae2_fast.ops.masks import DualMask, dual_mask
 from vmae2_fast.ops.reconstruction import reconstruction_loss
 from vmae2_fast.train.ledger import ledger
 
-from . import baselines
+from . import baselines, measure, plain
+from .cases import hidden_mask
 
-if TYPE_CHECKING:
-    from .gpu import Context
-
-# Model, clips of a step, and what torch.compile gets: everything, or each block by itself (44 blocks in one graph take
-# minutes to compile and gain little over blocks).
-REAL = {
-    "base": (ModelConfig(name="pretrain_videomae_base_patch16_224"), 64, "whole"),
-    "giant": (ModelConfig(name="pretrain_videomae_giant_patch14_224"), 32, "blocks"),
-}
-_TOY: dict[str, Any] = {"frames": 8, "depth": 1, "decoder_depth": 1, "decoder_width": 32, "decoder_heads": 2}
-TOY = {
-    "base": (ModelConfig(name="pretrain_videomae_base_patch16_224", size=32, width=64, heads=1, **_TOY), 2, "whole"),
-    "giant": (ModelConfig(name="pretrain_videomae_giant_patch14_224", size=28, width=88, heads=1, **_TOY), 2, "blocks"),
-}
+SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 AGREEMENT = 0.02  # losses in bf16 and fp32 differ by about 1e-3; another step than ours differs by far more
 
 
@@ -56,15 +45,42 @@ class Variant:
     """Look at the loss on the host before the backward, as the official loop does."""
 
 
-def variants(config: ModelConfig, owner: Any, compile_mode: str, compile_backend: str) -> list[Variant]:
+@dataclass(frozen=True)
+class StepBench:
+    """What is measured, where, and how often."""
+
+    config: ModelConfig
+    batch: int
+    device: torch.device
+    dtype: torch.dtype
+    """Autocast dtype of ours and strong; float32 is none."""
+    rounds: int
+    gemm_tflops: float
+    """Rate of matrix products in `dtype` on this device: the ceiling a step is compared with."""
+    compile_backend: str | None = "inductor"
+    """None: no compiled variant."""
+    compile_mode: Literal["whole", "blocks"] = "blocks"
+    """What torch.compile gets: everything, or each block by itself (44 blocks in one graph take minutes to compile and gain
+    little over blocks)."""
+    checkpointing: bool = False
+    """Whether plain also runs with activation checkpointing of each block."""
+    left: Callable[[], float] = lambda: math.inf
+    """Seconds of budget left: nothing is started after them."""
+    report: Callable[[dict[str, Any]], None] = lambda result: None
+    """Told the result so far whenever there is more of it."""
+
+    @property
+    def inner(self) -> int:
+        """Steps timed together. On a GPU the first one after another variant pays for the change and is not timed."""
+        return 3 if self.device.type == "cuda" else 1
+
+
+def variants(bench: StepBench, owner: Any) -> list[Variant]:
     """In the order in which they matter: a short budget measures the first ones."""
 
     def baseline(cls: type, **options: Any) -> Any:
         with torch.device("meta"):
-            model = cls(config, **options)
-        # The position tables are no parameters: they are made again for real.
-        for name, buffer in list(model.named_buffers()):
-            setattr(model, name, baselines.sinusoid(*buffer.shape[1:]))
+            model = cls(bench.config, **options)
         baselines.tie(model, owner)
         return model
 
@@ -91,75 +107,76 @@ def variants(config: ModelConfig, owner: Any, compile_mode: str, compile_backend
     def strong_compiled(clip: Tensor, mask: DualMask) -> Callable[[], Tensor]:
         if not compiled:  # once: compiling takes longer than everything measured with it
             model = baseline(baselines.Strong)
-            options: dict[str, Any] = {"backend": compile_backend, "dynamic": False}
-            if compile_mode == "blocks":
-                for block in (*model.encoder.blocks, *model.decoder.blocks):
-                    block.compile(**options)
-                model.patches = torch.compile(model.patches, **options)
-            compiled.append(model.loss if compile_mode == "blocks" else torch.compile(model.loss, **options))
+            options: dict[str, Any] = {"backend": bench.compile_backend, "dynamic": False}
+            whole = bench.compile_mode == "whole"
+            for block in () if whole else (*model.encoder.blocks, *model.decoder.blocks):
+                block.compile(**options)
+            if not whole:
+                model.rows, model.targets = (torch.compile(f, **options) for f in (model.rows, model.targets))
+            compiled.append(torch.compile(model.loss, **options) if whole else model.loss)
         return lambda: compiled[0](clip, *mask)
 
-    def plain(**options: Any) -> Callable[[Tensor, DualMask], Callable[[], Tensor]]:
+    def official(**options: Any) -> Callable[[Tensor, DualMask], Callable[[], Tensor]]:
         def make(clip: Tensor, mask: DualMask) -> Callable[[], Tensor]:
             model = baseline(baselines.Plain, **options)
-            mean, std = (torch.tensor(v, device=clip.device) for v in (baselines.MEAN, baselines.STD))
-            video = ((clip / 255 - mean) / std).permute(0, 4, 1, 2, 3).contiguous()
+            video = plain.normalised(clip, model.mean, model.std)
             hidden, left_out = (hidden_mask(index, owner.spec.tokens) for index in (mask.visible_index, mask.decode_index))
             return lambda: model.loss(video, hidden, left_out)
 
         return make
 
-    bf16 = torch.bfloat16
-    return [
-        Variant("ours", bf16, "fused", ours),
-        Variant("strong", bf16, "fused", strong),
-        Variant("plain_bf16", bf16, "foreach", plain(), check=True),
-        Variant("plain_bf16_checkpoint", bf16, "foreach", plain(activation_checkpoint=True), check=True),
-        Variant("strong_compiled", bf16, "fused", strong_compiled),
-        Variant("plain_fp32", None, "foreach", plain(), check=True),
+    dtype = None if bench.dtype == torch.float32 else bench.dtype
+    out = [
+        Variant("ours", dtype, "fused", ours),
+        Variant("strong", dtype, "fused", strong),
+        Variant(f"plain_{SHORT[bench.dtype]}", dtype, "foreach", official(), check=True),
     ]
+    if bench.checkpointing:
+        checkpointed = official(activation_checkpoint=True)
+        out.append(Variant(f"plain_{SHORT[bench.dtype]}_checkpoint", dtype, "foreach", checkpointed, check=True))
+    if bench.compile_backend:
+        out.append(Variant("strong_compiled", dtype, "fused", strong_compiled))
+    if dtype is not None:
+        out.append(Variant("plain_fp32", None, "foreach", official(), check=True))
+    return out
 
 
-def hidden_mask(index: Tensor, tokens: int) -> Tensor:
-    """Bool [B, tokens], True where `index` [B, K] does not point."""
-    return torch.ones(index.shape[0], tokens, dtype=torch.bool, device=index.device).scatter_(1, index.long(), False)
-
-
-def pretrain_steps(size: str, context: Context) -> dict[str, Any]:
-    """Measure all variants of one model size; see the head of this file. Lengths, batch and shapes are in the result."""
-    from .gpu import ceilings, read
-
-    config, batch, compile_mode = (TOY if context.dry_run else REAL)[size]
-    backend, rounds, inner = ("eager", 2, 1) if context.dry_run else ("inductor", 9, 3)
+def inputs(config: ModelConfig, batch: int, device: torch.device) -> tuple[Any, Tensor, DualMask]:
+    """A model with random weights, random clips and their masks: what every variant is given."""
     torch.manual_seed(0)
-    with context.device:
+    with device:
         owner = build_model(config).train()
-    spec, account = owner.spec, ledger(config)
+    spec = owner.spec
     shape = (batch, spec.frames, spec.size, spec.size, spec.channels)
-    clip = torch.randint(0, 256, shape, dtype=torch.uint8, device=context.device)
-    position = torch.arange(batch, device=context.device)
-    mask = dual_mask(position, torch.zeros_like(position), grid=spec.grid, seed=0)
-    everything = variants(config, owner, compile_mode, backend)
-    rows: dict[str, dict[str, Any]] = {v.name: {"status": "not run: budget"} for v in everything}
-    known = read(context.out / "ceilings.json").get("result", {}).get("gemm_bf16_tflops")
-    result = {
-        "model": config.name, "batch": batch, "clip": list(shape[1:]), "tokens": account["tokens"],
-        "compile": compile_mode, "flops_step": batch * account["flops_step"], "variants": rows,
-        "gemm_bf16_tflops": known or ceilings(context)["gemm_bf16_tflops"], "rounds": rounds, "steps_per_round": inner,
-    }
+    clip = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
+    position = torch.arange(batch, device=device)
+    return owner, clip, dual_mask(position, torch.zeros_like(position), grid=spec.grid, seed=0)
 
+
+def measure_steps(bench: StepBench) -> dict[str, Any]:
+    """Measure all variants; see the head of this file. Raises RuntimeError, after reporting, if one fails or differs."""
+    owner, clip, mask = inputs(bench.config, bench.batch, bench.device)
+    account = ledger(bench.config)
+    everything = variants(bench, owner)
+    rows: dict[str, dict[str, Any]] = {v.name: {"status": "not run: budget"} for v in everything}
+    result = {
+        "model": bench.config.name, "batch": bench.batch, "clip": list(clip.shape[1:]), "tokens": account["tokens"],
+        "dtype": str(bench.dtype).removeprefix("torch."), "compile": bench.compile_mode if bench.compile_backend else None,
+        "flops_step": bench.batch * account["flops_step"], "variants": rows, "gemm_tflops": bench.gemm_tflops,
+        "rounds": bench.rounds, "steps_per_round": bench.inner,
+    }  # fmt: skip
     for variant in everything:
-        if context.left() > 0:
-            rows[variant.name] = alone(variant, owner, clip, mask, context.device)
-            context.report(result)
+        if bench.left() > 0:
+            rows[variant.name] = alone(variant, owner, clip, mask, bench.device)
+            bench.report(result)
     first = rows["ours"].get("loss")
     for row in rows.values():
         if first is not None and "loss" in row and abs(row["loss"] - first) > AGREEMENT * abs(first):
             row["status"] = f"failed: loss {row['loss']:.5f} is not ours ({first:.5f})"
-    in_turns([v for v in everything if rows[v.name]["status"] == "fits"], rows, owner, clip, mask, result, context)
+    in_turns(bench, [v for v in everything if rows[v.name]["status"] == "fits"], owner, clip, mask, result)
     failed = [f"{name}: {row['status']}" for name, row in rows.items() if row["status"].startswith("failed")]
     if failed:
-        context.report(result)
+        bench.report(result)
         raise RuntimeError("; ".join(failed))
     return result
 
@@ -170,7 +187,7 @@ def make_optimizer(kind: str, owner: Any) -> torch.optim.Optimizer:
 
 
 def alone(variant: Variant, owner: Any, clip: Tensor, mask: DualMask, device: torch.device) -> dict[str, Any]:
-    """Three steps with nothing else on the device: the loss, the peak memory, or why it did not run."""
+    """A step with nothing else on the device, on a GPU three: the loss, the peak memory, or why it did not run."""
     cuda = device.type == "cuda"
     row: dict[str, Any] = {"status": "fits"}
     optimizer: Any = None
@@ -178,7 +195,7 @@ def alone(variant: Variant, owner: Any, clip: Tensor, mask: DualMask, device: to
     value: Any = None
     try:
         optimizer, loss = make_optimizer(variant.optimizer, owner), variant.make(clip, mask)
-        for i in range(3):
+        for i in range(3 if cuda else 1):
             value = baselines.step(loss, optimizer, variant.autocast, variant.check)
             if i == 0:
                 row["loss"] = value.item()
@@ -203,12 +220,10 @@ def alone(variant: Variant, owner: Any, clip: Tensor, mask: DualMask, device: to
 
 
 def in_turns(
-    chosen: list[Variant], rows: dict[str, dict[str, Any]], owner: Any, clip: Tensor, mask: DualMask,
-    result: dict[str, Any], context: Context,
+    bench: StepBench, chosen: list[Variant], owner: Any, clip: Tensor, mask: DualMask, result: dict[str, Any]
 ) -> None:
     """Time the chosen variants round by round, another one first in each round; ratios are paired within a round."""
-    from .gpu import stopwatch
-
+    rows, cuda = result["variants"], bench.device.type == "cuda"
     optimizers = {kind: make_optimizer(kind, owner) for kind in {v.optimizer for v in chosen}}
     ready: dict[str, Callable[[], Any]] = {}
     seconds: dict[str, list[float]] = {}
@@ -225,27 +240,27 @@ def in_turns(
         return None
 
     for v in chosen:
-        if context.left() > 0:
+        if bench.left() > 0:
             loss = attempt(v, partial(v.make, clip, mask))
             if loss is not None:
                 ready[v.name] = partial(baselines.step, loss, optimizers[v.optimizer], v.autocast, v.check)
-                attempt(v, partial(repeat, ready[v.name], 2))
-    inner = result["steps_per_round"]
-    for i in range(result["rounds"]):
-        turn = [v for v in chosen if v.name in ready]
-        turn = turn[i % len(turn) :] + turn[: i % len(turn)] if turn else []
-        for v in turn:
-            if context.left() < 0:
-                break
-            attempt(v, ready[v.name])  # not timed: the first step after another variant pays for the change
-            if v.name in ready:
-                group = attempt(v, partial(stopwatch, partial(repeat, ready[v.name], inner), context.device))
+                attempt(v, partial(repeat, ready[v.name], 2 if cuda else 1))
+    named = {v.name: v for v in chosen}
+    for order in measure.turns(list(ready), bench.rounds):
+        for name in order:
+            if name not in ready or bench.left() < 0:
+                continue
+            if cuda:
+                attempt(named[name], ready[name])
+            if name in ready:
+                work = partial(repeat, ready[name], bench.inner)
+                group = attempt(named[name], partial(measure.stopwatch, work, bench.device))
                 if group is not None:
-                    seconds.setdefault(v.name, []).append(group / inner)
+                    seconds.setdefault(name, []).append(group / bench.inner)
         for name, values in seconds.items():
             if name in ready:
                 rows[name] |= summary(values, seconds.get("ours", []), result)
-        context.report(result)
+        bench.report(result)
 
 
 def repeat(work: Callable[[], Any], times: int) -> None:
@@ -260,7 +275,7 @@ def summary(values: list[float], ours: list[float], result: dict[str, Any]) -> d
         "status": "ok", "median_s": middle, "min_s": min(values), "max_s": max(values), "rounds": len(values),
         "clips_per_s": result["batch"] / middle, "tflops": result["flops_step"] / middle / 1e12,
     }
-    out["share_of_gemm_ceiling"] = out["tflops"] / result["gemm_bf16_tflops"]
+    out["share_of_gemm_ceiling"] = out["tflops"] / result["gemm_tflops"]
     if ours:
         out["times_ours"] = median(v / o for v, o in zip(values, ours, strict=False))
     return out

@@ -34,7 +34,7 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_usage_lists_every_command() -> None:
     out = run().stdout
-    for name in ("launch", "recipes", "env", "reconstruct", "classify", "ledger", "convert", "report"):
+    for name in ("launch", "recipes", "env", "reconstruct", "classify", "ledger", "convert", "report", "bench"):
         assert f"\n  {name} " in out
 
 

@@ -20,6 +20,7 @@ from typing import Annotated, Any
 import tyro
 
 from . import __version__, backend
+from .benchmarks import options
 from .config import MaskConfig, ModelConfig, Progression, load
 
 _DUAL = MaskConfig()
@@ -316,8 +317,19 @@ def report(out: tyro.conf.Positional[str] = "runs/demo") -> dict[str, Any]:
     return summary
 
 
+def bench(suite: tyro.conf.OmitSubcommandPrefixes[tyro.conf.OmitArgPrefixes[options.Suite]]) -> dict[str, Any]:
+    """Time ours beside the honest alternatives, in turns: single ops, or whole pre-training steps.
+
+    Example: vmae2 bench ops --only gather_vit_b masks
+    Example: vmae2 bench step --model vit_base --batch 2 --json
+    """
+    result, table = suite.run()
+    print(table)
+    return result
+
+
 COMMANDS: dict[str, Callable[..., Any]] = {
-    f.__name__: f for f in (recipes, env, reconstruct, classify, ledger, convert, report)
+    f.__name__: f for f in (recipes, env, reconstruct, classify, ledger, convert, report, bench)
 }
 
 

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from vmae2_fast.benchmarks import gpu, steps
-from vmae2_fast.config import ModelConfig
+from vmae2_fast.benchmarks import cases, gpu, sections, steps
+from vmae2_fast.benchmarks.machine import read
+from vmae2_fast.benchmarks.sections import SECTIONS, Context
 
 ROOT = Path(__file__).parents[2]
 GREEN = "import pytest\n\n@pytest.mark.cuda\ndef test_one():\n    pass\n\ndef test_not_for_cuda():\n    raise AssertionError\n"
@@ -47,7 +48,7 @@ def rehearsal(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def test_every_section_writes_its_record(rehearsal: dict[str, dict[str, Any]]) -> None:
-    assert set(rehearsal) == set(gpu.SECTIONS)
+    assert set(rehearsal) == set(SECTIONS)
     for record in rehearsal.values():
         assert record["status"] == "ok"
         assert record["dry_run"] is True
@@ -59,6 +60,32 @@ def test_every_section_writes_its_record(rehearsal: dict[str, dict[str, Any]]) -
     assert rehearsal["ceilings"]["result"]["copy"]["gb_per_s"] > 0
     counts = rehearsal["pytest"]["result"]
     assert (counts["tests"], counts["passed"], counts["failures"]) == (1, 1, 0)
+
+
+@pytest.mark.parametrize("section", sections.OP_SECTIONS)
+def test_op_sections_say_which_backend_won(rehearsal: dict[str, dict[str, Any]], section: str) -> None:
+    result = rehearsal[section]["result"]
+    assert [row["direction"] for row in result["contests"]] == list(cases.CASES[section].directions)
+    for row in result["contests"]:
+        middle = {name: variant["median_s"] for name, variant in row["variants"].items()}
+        assert {*row["backends"], "plain"} < set(middle)
+        assert row["winner"] == min(row["backends"], key=middle.__getitem__)
+        assert row["strong"] in middle
+        assert result["winners"][f"toy 2 {row['direction']}"] == row["winner"]
+        assert row["variants"][row["default"]]["share_of_copy"] > 0
+
+
+def test_capture_is_rehearsed_with_fresh_masks(rehearsal: dict[str, dict[str, Any]]) -> None:
+    result = rehearsal["capture"]["result"]
+    assert (result["syncs"], result["masks_equal"], result["captured"]) == (0, True, False)
+    assert len(set(result["loss_replayed"])) == 3  # another position, another mask
+    assert result["loss_replayed"] == pytest.approx(result["loss_eager"])
+
+
+def test_share_of_the_data_path(rehearsal: dict[str, dict[str, Any]]) -> None:
+    result = rehearsal["data_share"]["result"]
+    parts = result["masks_s"] + result["embed_s"] + result["loss_s"]
+    assert result["share_masks_embed_loss"] == pytest.approx(parts / result["step_s"])
 
 
 @pytest.mark.parametrize("section", ["steps_base", "steps_giant"])
@@ -78,7 +105,7 @@ def test_done_sections_are_not_run_again(rehearsal: dict[str, dict[str, Any]], f
     before = {path: path.read_bytes() for path in (folder / "out").iterdir()}
     again = check(folder)
     assert again.returncode == 0
-    assert again.stdout.count("there already") == len(gpu.SECTIONS)
+    assert again.stdout.count("there already") == len(SECTIONS)
     assert before == {path: path.read_bytes() for path in (folder / "out").iterdir()}
 
 
@@ -105,13 +132,13 @@ def test_a_red_test_fails_its_section_and_no_other(folder: Path) -> None:
 def test_a_section_is_stopped_at_its_limit(folder: Path) -> None:
     args = argparse.Namespace(out=folder / "late", dry_run=True, tests=None, command_line="none")
     gpu.supervise("environment", args, 0.01)
-    record = gpu.read(folder / "late" / "environment.json")
+    record = read(folder / "late" / "environment.json")
     assert (record["status"], record["error"]) == ("failed", "stopped at its time limit of 0 s")
 
 
 def test_without_budget_nothing_starts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert gpu.main(["--dry-run", "--out", str(tmp_path / "out"), "--budget-s", "0"]) == 3
-    assert capsys.readouterr().out.count("not run: budget") == len(gpu.SECTIONS)
+    assert capsys.readouterr().out.count("not run: budget") == len(SECTIONS)
     assert not (tmp_path / "out").exists()
 
 
@@ -138,7 +165,7 @@ def test_without_a_gpu_only_the_rehearsal_runs(capsys: pytest.CaptureFixture[str
 def test_memory_and_errors_of_one_variant_are_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     everything = steps.variants
 
-    def planted(config: ModelConfig, owner: Any, *options: str) -> list[steps.Variant]:
+    def planted(bench: steps.StepBench, owner: Any) -> list[steps.Variant]:
         def full(*_: Any) -> Any:
             raise torch.OutOfMemoryError("planted")
 
@@ -146,14 +173,14 @@ def test_memory_and_errors_of_one_variant_are_recorded(tmp_path: Path, monkeypat
             honest = ours.make(clip, mask)
             return lambda: 1.5 * honest()
 
-        ours = everything(config, owner, *options)[0]
+        ours = everything(bench, owner)[0]
         return [ours, steps.Variant("large", None, "foreach", full), steps.Variant("other", None, "fused", another)]
 
     monkeypatch.setattr(steps, "variants", planted)
     reports: list[dict[str, Any]] = []
-    context = gpu.Context(torch.device("cpu"), True, time.monotonic() + 600, tmp_path, ROOT, tmp_path, reports.append)
+    context = Context(torch.device("cpu"), True, time.monotonic() + 600, tmp_path, ROOT, tmp_path, reports.append)
     with pytest.raises(RuntimeError, match=r"other: failed: loss 1\.\d+ is not ours"):
-        steps.pretrain_steps("base", context)
+        sections.steps_of("vit_b", context)
     rows = reports[-1]["variants"]
     assert rows["large"]["status"] == "out of memory"
     assert rows["ours"]["status"] == "ok"
