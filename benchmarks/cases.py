@@ -33,6 +33,8 @@ from vmae2_fast.ops.masks import mask_sizes, masks_from_rng
 from vmae2_fast.ops.patches import gather_patches as our_gather_patches
 from vmae2_fast.ops.patches import scatter_patches as our_scatter_patches
 from vmae2_fast.ops.reconstruction import reconstruction_loss as our_reconstruction_loss
+from vmae2_fast.ops.resize import Window
+from vmae2_fast.ops.resize import resize_crop as our_resize_crop
 
 from . import baselines, plain, strong
 
@@ -47,6 +49,7 @@ MODELS = {
 }  # fmt: skip
 CPU_BATCH = {"vit_s": 4, "vit_b": 4, "vit_l": 4, "vit_h": 4, "vit_g": 2, "toy": 2}  # clips
 GPU_BATCH = {"vit_s": 64, "vit_b": 64, "vit_l": 64, "vit_h": 64, "vit_g": 32, "toy": 2}
+RESIZE_FRAMES = 4  # of each clip, of `resize_crop`
 MASKS = 1024  # samples of `dual_mask`: what a loader draws for a global batch
 
 Call = Callable[["Batch"], Any]
@@ -83,6 +86,22 @@ class Batch:
         spec = self.spec
         shape = (self.clips, spec.frames, spec.size, spec.size, spec.channels)
         return torch.randint(0, 256, shape, dtype=torch.uint8, device=self.device, generator=self.generator)
+
+    @functools.cached_property
+    def decoded(self) -> tuple[list[Tensor], list[list[Window]]]:
+        """Frames of two sizes as decoders give them, uint8 [T, H, W, C], and a multi-scale crop of each clip. Few frames: the
+        reference counts in whole numbers and takes its time."""
+        spec = self.spec
+        short, long = spec.size * 8 // 7, spec.size * 8 // 7 * 4 // 3
+        sizes = [(short, long) if i % 2 == 0 else (long, short) for i in range(self.clips)]
+        frames = [
+            torch.randint(0, 256, (RESIZE_FRAMES, *hw, spec.channels), dtype=torch.uint8, device=self.device,
+                          generator=self.generator)
+            for hw in sizes
+        ]  # fmt: skip
+        sides = short, short * 3 // 4
+        windows = [[Window(0, 0, sides[i % 2], sides[i % 2], flip=i % 2 == 1)] for i in range(self.clips)]
+        return frames, windows
 
     @functools.cached_property
     def video(self) -> Tensor:
@@ -163,6 +182,8 @@ class Case:
     """Leaves whose gradients are measured in direction "forward_backward"."""
     backward_bytes: int = 0
     backward_flops: int = 0
+    levels: int = 0
+    """By how much whole-numbered results of the alternatives may differ: uint8 pixels rounded another way."""
     random: bool = False
     """Alternatives draw other numbers: strong agrees in shapes, plain not even in those."""
     arrange: Callable[[Any], Any] = lambda result: result
@@ -306,6 +327,26 @@ def reconstruction_loss(x: Batch, compiled: Callable) -> Case:
         # Clip and prediction are read once more: the gradient is not known before upstream's is.
         backward_bytes=index.numel() * (patch * (1 + 2 * element) + 4),
         shapes={"clip": list(x.clip.shape), "pred": list(x.pred.shape)},
+    )  # fmt: skip
+
+
+@case("resize_crop")
+def resize_crop(x: Batch, compiled: Callable) -> Case:
+    """Decoded frames of mixed sizes to the clips of a batch, antialiased; torch's kernels have no form for a whole batch."""
+    spec = x.spec
+    frames, windows = x.decoded
+    moved = sum(w.height * w.width + spec.size**2 for (w,) in windows) * RESIZE_FRAMES * spec.channels
+
+    def into_the_batch(b: Batch) -> Tensor:  # as the loader does
+        out = frames[0].new_empty(len(frames), RESIZE_FRAMES, spec.size, spec.size, spec.channels)
+        for clip, window, target in zip(*b.decoded, out.split(1), strict=True):
+            our_resize_crop(clip, window, spec.size, out=target)
+        return out
+
+    return Case(
+        ours=into_the_batch, plain=lambda b: plain.resize_crop(*b.decoded, spec.size),
+        strong={"eager": lambda b: strong.resize_crop(*b.decoded, spec.size)}, bytes=moved, levels=1,
+        shapes={"frames": [list(f.shape) for f in frames], "windows": [list(w[:4]) for (w,) in windows], "size": spec.size},
     )  # fmt: skip
 
 

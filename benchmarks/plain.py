@@ -55,6 +55,19 @@ def scatter(rows: Tensor, hidden: Tensor, spec: ModelSpec) -> Tensor:
     return cubes.permute(0, 4, 1, 5, 2, 6, 3, 7).reshape(len(rows), spec.channels, spec.frames, spec.size, spec.size)
 
 
+def resize_crop(frames: Sequence[Tensor], windows: Sequence[Sequence[Any]], size: int) -> Tensor:
+    """Frame by frame, as the official transforms go: cut, resize with an antialiased bilinear filter, mirror, stack."""
+    clips = []
+    for clip, (w,) in zip(frames, windows, strict=True):
+        images = []
+        for frame in clip:
+            cut = frame[w.top : w.top + w.height, w.left : w.left + w.width].permute(2, 0, 1).float()[None]
+            image = F.interpolate(cut, (size, size), mode="bilinear", antialias=True).round().clamp(0, 255).byte()[0]
+            images.append((image.flip(2) if w.flip else image).permute(1, 2, 0))
+        clips.append(torch.stack(images))
+    return torch.stack(clips)
+
+
 def targets(
     video: Tensor, left_out: Tensor, spec: ModelSpec, mean: Sequence[float], std: Sequence[float], normalize: bool = True
 ) -> Tensor:

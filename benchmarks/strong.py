@@ -8,6 +8,7 @@ the fastest counts. Indices are integer [B, .], ascending; `spec` is a `models.M
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -80,6 +81,21 @@ def scatter(rows: Tensor, index: Tensor, spec: ModelSpec) -> Tensor:
     index, clips = index.long(), torch.arange(b, device=rows.device)[:, None]
     view[clips, index // (h * w), index // w % h, index % w] = rows.view(b, index.shape[1], *view.shape[4:])
     return clip
+
+
+def resize_crop(frames: Sequence[Tensor], windows: Sequence[Sequence[Any]], size: int) -> Tensor:
+    """All frames of a clip at once by torch's uint8 kernel, channels last (on a GPU, which has none, in float32), written
+    into the batch."""
+    channels = frames[0].shape[3]
+    out = frames[0].new_empty(len(frames), len(frames[0]), size, size, channels)
+    for clip, (w,), target in zip(frames, windows, out, strict=True):
+        cut = clip[:, w.top : w.top + w.height, w.left : w.left + w.width].permute(0, 3, 1, 2)
+        if cut.device.type == "cpu":
+            images = F.interpolate(cut, (size, size), mode="bilinear", antialias=True)
+        else:
+            images = F.interpolate(cut.float(), (size, size), mode="bilinear", antialias=True).round_().clamp_(0, 255)
+        target.copy_((images.flip(3) if w.flip else images).permute(0, 2, 3, 1))
+    return out
 
 
 def targets(
