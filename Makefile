@@ -41,9 +41,6 @@ endif
 test: $(VENV)/.dev
 	VMAE2_NATIVE=$(NATIVE) $(BIN)/python -m pytest -q
 
-aot: $(VENV)/.dev
-	$(BIN)/python -m pytest -q -s tests/test_cuda_compiles.py
-
 # C++ and the CUDA kernels, these emulated on the CPU (tests/cuda_emulator).
 sanitize: $(VENV)/.dev
 	$(BIN)/python -m tests.cuda_emulator.sanitize
