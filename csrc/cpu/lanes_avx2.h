@@ -51,7 +51,8 @@ VMAE2_INLINE void store16(bf16* out, Floats value) {
 
 // NaN keeps its sign but not its payload, as in store(f16&, float).
 VMAE2_INLINE __m128i half8(__m256 value) {
-  const __m256 quiet = _mm256_or_ps(_mm256_and_ps(value, _mm256_set1_ps(-0.0f)), _mm256_castsi256_ps(_mm256_set1_epi32(0x7fc00000)));
+  const __m256 sign = _mm256_and_ps(value, _mm256_set1_ps(-0.0f));
+  const __m256 quiet = _mm256_or_ps(sign, _mm256_castsi256_ps(_mm256_set1_epi32(0x7fc00000)));
   const __m256 nan = _mm256_cmp_ps(value, value, _CMP_UNORD_Q);
   return _mm256_cvtps_ph(_mm256_blendv_ps(value, quiet, nan), _MM_FROUND_TO_NEAREST_INT);
 }
@@ -71,7 +72,8 @@ VMAE2_INLINE Words splat_word(uint32_t value) {
 }
 
 VMAE2_INLINE Words load_words(const uint32_t* in) {
-  return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(in)), _mm256_loadu_si256(reinterpret_cast<const __m256i*>(in + 8))};
+  return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(in)),
+          _mm256_loadu_si256(reinterpret_cast<const __m256i*>(in + 8))};
 }
 
 VMAE2_INLINE void store_words(uint32_t* out, Words value) {

@@ -6,7 +6,8 @@ VMAE2_INLINE void philox_words(const Stream& stream, uint32_t purpose, int64_t i
   for (int64_t lane = 0; 4 * lane < items; lane += 16) {
     uint32_t numbers[16], results[4][16];
     for (int i = 0; i < 16; ++i) numbers[i] = static_cast<uint32_t>(lane + i);
-    Words c0 = splat_word(static_cast<uint32_t>(stream.position)), c1 = splat_word(static_cast<uint32_t>(stream.position >> 32));
+    Words c0 = splat_word(static_cast<uint32_t>(stream.position));
+    Words c1 = splat_word(static_cast<uint32_t>(stream.position >> 32));
     Words c2 = splat_word(static_cast<uint32_t>(stream.view)), c3 = load_words(numbers);
     uint32_t k0 = static_cast<uint32_t>(stream.seed), k1 = purpose ^ static_cast<uint32_t>(stream.seed >> 32);
     for (int round = 0; round < 10; ++round, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u) {

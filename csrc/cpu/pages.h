@@ -15,7 +15,7 @@ namespace vmae2 {
 inline void expect_writes(void* out, int64_t bytes) {
 #ifdef __linux__
   constexpr int64_t huge = int64_t{1} << 21;
-  if (bytes < 2 * huge) return;
+  if (bytes < huge) return;
   const auto begin = reinterpret_cast<uintptr_t>(out);
   const uintptr_t page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
   const uintptr_t first = (begin + page - 1) / page * page, last = (begin + static_cast<uintptr_t>(bytes)) / page * page;

@@ -109,7 +109,8 @@ void scatter_patches(const void* rows, Dtype dtype, const int32_t* index, int64_
     }
     slot = static_cast<int32_t>(r);
   }
-  const Scatter job{rows, shape, owner.data(), pixel_order, clip, row_layout(shape, pixel_order), Layout::channels_first(shape)};
+  const Scatter job{rows, shape, owner.data(), pixel_order, clip, row_layout(shape, pixel_order),
+                    Layout::channels_first(shape)};
   with_float(dtype, "scatter_patches", [&](auto type) {
     using T = decltype(type);
     const int64_t width = shape.width / shape.patch;

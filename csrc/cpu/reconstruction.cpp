@@ -99,7 +99,7 @@ Job prepare(const char* op, const Reconstruction& in) {
   return job;
 }
 
-// Run kernels<Pixel, Pred, P>(job, work, begin, end) over all rows, `which` one of the two below.
+// Run pick(pixel, pred, period), a kernel of these types, over all rows.
 template <class Pick>
 void run_rows(const char* op, const Reconstruction& in, const Job& job, int threads, const Pick& pick) {
   const Scratch scratch(job, threads);

@@ -69,7 +69,8 @@ void read_bytes(const uint8_t* corner, const Job& job, const Work& work) {
   }
 }
 
-// Pixels in [0, 1] of a token of a floating point clip, and their moments about the token's first pixel, so that nothing cancels.
+// Pixels in [0, 1] of a token of a floating point clip, and their moments about the token's first pixel, so that nothing
+// cancels.
 template <class Pixel>
 void read_floats(const Pixel* corner, const Job& job, const Work& work) {
   const int64_t channels = job.shape.channels;
