@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vmae2_fast import backend
 from vmae2_fast.config import ModelConfig
 from vmae2_fast.models.positions import PositionTable
 from vmae2_fast.models.sizes import StackSpec, resolve
@@ -58,6 +59,13 @@ Call = Callable[["Batch"], Any]
 def code_generator(device: torch.device) -> str | None:
     """The torch.compile backend to compare with: None on a CPU without a C++ compiler, where Inductor cannot run."""
     return "inductor" if device.type != "cpu" or any(map(shutil.which, ("c++", "g++", "clang++"))) else None
+
+
+def backends(op: str, device: torch.device) -> list[str]:
+    """Our implementations to measure, the default one first. On a CPU not those that only an interpreter or an emulator runs
+    there: they exist for tests."""
+    names = backend.available(op, device)
+    return [name for name in names if device.type != "cpu" or name not in ("triton", "emulated")]
 
 
 class Batch:

@@ -57,7 +57,7 @@ class Contest:
         self.flops = self.case.flops + both * self.case.backward_flops
         more = min(MOST_BATCHES - 1, math.ceil(cold / self.bytes))
         self.batches += [cases.Batch(size, clips, device, dtype, number) for number in range(1, 1 + more)]
-        self.backends = backend.available(self.entry.op, device)
+        self.backends = cases.backends(self.entry.op, device)
         self.forms = {n: call for n, call in self.case.strong.items() if self.compiler or not n.startswith("compiled")}
         self._upstream: dict[tuple[int, torch.Size], Tensor] = {}
 

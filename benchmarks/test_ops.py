@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 import torch
 
-from vmae2_fast import backend
 from vmae2_fast.benchmarks import cases
 from vmae2_fast.benchmarks.ops import Contest
 
@@ -25,7 +24,7 @@ ROUNDS = 5
 VARIANTS = [
     pytest.param(name, size, direction, variant, id=f"{name}-{size}-{direction}-{variant}")
     for name, entry in cases.CASES.items() for size in SIZES for direction in entry.directions
-    for variant in (*backend.available(entry.op, CPU), "plain", "strong")
+    for variant in (*cases.backends(entry.op, CPU), "plain", "strong")
 ]
 
 
