@@ -40,7 +40,8 @@ def contest(name: str, direction: str) -> ops.Contest:
 @pytest.mark.parametrize(("name", "direction"), CONTESTS)
 def test_every_variant_of_a_case_computes_the_same(name: str, direction: str) -> None:
     it = contest(name, direction)
-    assert it.backends == backend.available(it.entry.op, CPU)
+    assert it.backends[0] == backend.available(it.entry.op, CPU)[0]
+    assert not {"triton", "emulated"} & set(it.backends)
     assert it.bytes > 0
     it.check()
     if direction == "forward_backward":
