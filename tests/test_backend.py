@@ -178,7 +178,8 @@ def test_an_unknown_native_wish_names_the_known_ones(tmp_path) -> None:
 @pytest.mark.skipif(backend.native() is None, reason="no native extension")
 def test_build_info() -> None:
     info = backend.native().build_info()
-    assert set(info) == {"version", "compiler", "flags", "cpu_features", "cuda"}
+    assert set(info) == {"version", "compiler", "flags", "cpu_features", "cpu_isa", "cuda"}
+    assert info["cpu_isa"] in backend.native().supported_cpu_isas()
     assert info["cuda"] == backend.native().cuda_available()
     assert "-O3" in info["flags"]
 
