@@ -67,5 +67,5 @@ bench: $(VENV)/.dev
 
 # The running interpreter with its own torch; nothing is downloaded. In place, so that the tests see the built extension.
 gpu-check:
-	$(PYTHON) -m pip install -q --no-build-isolation --no-deps --no-index -e .
+	$(if $(findstring --dry-run,$(ARGS)),,VMAE2_CUDA=require) $(PYTHON) -m pip install -q --no-build-isolation --no-deps --no-index -e .
 	VMAE2_NATIVE=require $(PYTHON) -m vmae2_fast.benchmarks.gpu $(ARGS)

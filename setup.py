@@ -1,8 +1,8 @@
 """Builds vmae2_fast._C by CMake and lays recipes/ and benchmarks/ into the package. All else is in pyproject.toml.
 
 Environment: VMAE2_NATIVE=off builds no extension, =require makes a missing C++ compiler an error (otherwise the package is
-installed without it and runs on its reference path); VMAE2_CUDA=OFF leaves out the CUDA kernels, VMAE2_CUDA_ARCHS
-("80-real;90") names their architectures; CXX and MAX_JOBS as usual.
+installed without it and runs on its reference path); VMAE2_CUDA=OFF leaves out the CUDA kernels, =require makes a missing
+nvcc an error, VMAE2_CUDA_ARCHS ("80-real;90") names their architectures; CXX and MAX_JOBS as usual.
 """
 
 from __future__ import annotations

@@ -183,14 +183,17 @@ class Strong(_Pretrain):
         """Targets [B, Nl, K] of the loss tokens; of token 0 where the index is padded."""
         return strong.targets(clip, index.clamp(min=0), self.spec, self.mean, self.std, normalize)
 
-    def forward(self, clip: Tensor, visible_index: Tensor, decode_index: Tensor) -> Tensor:
-        """Predictions [B, Nd, K] of the decoded tokens."""
+    def forward(self, clip: Tensor, visible_index: Tensor, decode_index: Tensor, loss_slot: Tensor | None = None) -> Tensor:
+        """Predictions [B, Nd, K] of the decoded tokens, or [B, Nl, K] of those at `loss_slot`: what the norm and the head
+        cost is paid for tokens that count only."""
         rows = self.rows(clip, visible_index)
         embed = self.encoder.patch_embed.proj
         x = strong.embed(rows, visible_index, embed.weight, embed.bias, self.enc_positions)
         x = self.encoder_to_decoder(self.encoder.norm(self.encoder.run(x, self.activation_checkpoint)))
         x = strong.decoder_tokens(x, self.mask_token, self.dec_positions, visible_index, decode_index)
         x = self.decoder.run(x, self.activation_checkpoint)[:, visible_index.shape[1] :]
+        if loss_slot is not None:
+            x = x.gather(1, loss_slot.long()[..., None].expand(-1, -1, x.shape[2]))
         return self.decoder.head(self.decoder.norm(x))
 
     def loss(self, clip: Tensor, visible_index: Tensor, decode_index: Tensor, loss_index: Tensor, loss_slot: Tensor,
@@ -199,8 +202,7 @@ class Strong(_Pretrain):
         counted = loss_index >= 0
         with torch.no_grad():
             target = self.targets(clip, loss_index, normalize)
-        pred = self(clip, visible_index, decode_index)
-        pred = pred[torch.arange(pred.shape[0], device=pred.device)[:, None], loss_slot.long()]
+        pred = self(clip, visible_index, decode_index, loss_slot)
         error = (pred.float() - target).pow(2).mean(dim=-1)
         return (error * counted).sum() / counted.sum()
 

@@ -62,10 +62,11 @@ def code_generator(device: torch.device) -> str | None:
 
 
 def backends(op: str, device: torch.device) -> list[str]:
-    """Our implementations to measure, the default one first. On a CPU not those that only an interpreter or an emulator runs
-    there: they exist for tests."""
-    names = backend.available(op, device)
-    return [name for name in names if device.type != "cpu" or name not in ("triton", "emulated")]
+    """Our implementations to measure, first the one that runs by default or by request. On a CPU not those that only an
+    interpreter or an emulator runs there: they exist for tests. Raises BackendError for a request nothing can serve."""
+    first, names = backend.pick(op, device), backend.available(op, device)
+    slow = ("triton", "emulated") if device.type == "cpu" else ()
+    return [first, *(name for name in names if name != first and name not in slow)]
 
 
 class Batch:
@@ -332,8 +333,8 @@ def reconstruction_loss(x: Batch, compiled: Callable) -> Case:
         ours=lambda b: our_reconstruction_loss(b.pred, b.clip, b.mask.loss_index, **b.cube), plain=plain_loss,
         strong=each(forms, lambda form, b: form(b.pred, b.clip, b.mask.loss_index, spec)),
         bytes=index.numel() * (patch * (1 + element) + 4), gradient=lambda b: (b.pred,),
-        # Clip and prediction are read once more: the gradient is not known before upstream's is.
-        backward_bytes=index.numel() * (patch * (1 + 2 * element) + 4),
+        # The floor is one pass that writes the gradient too; ours reads clip and prediction a second time.
+        backward_bytes=index.numel() * patch * element,
         shapes={"clip": list(x.clip.shape), "pred": list(x.pred.shape)},
     )  # fmt: skip
 

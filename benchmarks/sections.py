@@ -32,6 +32,7 @@ from .ops import Contest
 Result = dict[str, Any]
 
 _SMALL: dict[str, Any] = {"frames": 8, "depth": 1, "decoder_depth": 1, "decoder_width": 32, "decoder_heads": 2}
+CUDA_KERNELS = {(op, "native") for op in ("dual_mask", "gather_patches", "scatter_patches", "reconstruction_loss")}
 TOY = {
     "vit_b": ModelConfig(name=cases.MODELS["vit_b"].name, size=32, width=64, heads=1, **_SMALL),
     "vit_g": ModelConfig(name=cases.MODELS["vit_g"].name, size=28, width=88, heads=1, **_SMALL),
@@ -71,7 +72,13 @@ def environment(context: Context) -> Result:
     import vmae2_fast
     from vmae2_fast import backend, models, ops  # noqa: F401  the ops register themselves on import
 
-    return {"package": str(Path(vmae2_fast.__file__).parent), **backend.environment()}
+    result = {"package": str(Path(vmae2_fast.__file__).parent), **backend.environment()}
+    context.report(result)
+    kernels = {(op, name): why for op in backend.ops() for name, why in backend.refusals(op, context.device).items() if why}
+    missing = [f"{op}={name}: {why}" for (op, name), why in kernels.items() if name == "triton" or (op, name) in CUDA_KERNELS]
+    if context.device.type == "cuda" and missing:
+        raise RuntimeError(f"kernels that should run here do not: {'; '.join(missing)}")
+    return result
 
 
 def ceilings(context: Context) -> Result:

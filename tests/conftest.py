@@ -31,7 +31,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_report_header(config: pytest.Config) -> str:
     extension = backend.native()
-    built = "not built" if extension is None else extension.build_info()["compiler"]
+    # Instruction sets that this processor lacks are not tested here: the header says which are.
+    info = extension and extension.build_info()
+    built = f"{info['compiler']} for {', '.join(extension.supported_cpu_isas())}" if info else "not built"
     return f"torch {torch.__version__}, native extension: {built}, cuda: {torch.cuda.is_available()}"
 
 

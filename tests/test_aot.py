@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("triton")
+if os.environ.get("VMAE2_AOT") != "all":  # make aot without Triton is a failure
+    pytest.importorskip("triton")
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # that a block can have

@@ -200,7 +200,7 @@ def test_environment_report_is_plain_data() -> None:
 
     report = backend.environment()
     assert json.loads(json.dumps(report)) == report
-    assert set(report["ops"]) == set(backend.ops())
+    assert set(report["ops"]) == {op for op in backend.ops() if not op.endswith("_backward")}
 
 
 class Subclass(torch.Tensor):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -60,7 +61,7 @@ def demangled(names: list[str]) -> list[str]:
 
 
 def compiled(source: Path, architecture: str) -> list[Kernel]:
-    assert NVCC is not None
+    assert NVCC is not None, "make aot compiles the CUDA sources: nvcc is not on PATH"
     command = [NVCC, "-std=c++17", "-O3", f"-arch={architecture}", "-Xptxas", "-v", "-c", "-o", "/dev/null", str(source)]
     version = subprocess.run([NVCC, "--version"], capture_output=True, text=True, check=True).stdout
     digest = hashlib.sha256(repr((command, version)).encode())
@@ -77,7 +78,7 @@ def compiled(source: Path, architecture: str) -> list[Kernel]:
     return [Kernel(**item) for item in json.loads(kept.read_text())]
 
 
-@pytest.mark.skipif(NVCC is None, reason="nvcc not found")
+@pytest.mark.skipif(NVCC is None and os.environ.get("VMAE2_AOT") != "all", reason="nvcc not found")
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
 def test_compiles_within_the_limits(source: Path, architecture: str) -> None:

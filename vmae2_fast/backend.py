@@ -92,6 +92,8 @@ def _validated(request: _Request) -> _Request:
     for op, names in request.one:
         if op not in _OPS:
             raise BackendError(f"unknown op {op!r} in a backend request; ops: {', '.join(ops())}")
+        if op.endswith("_backward"):
+            raise BackendError(f"{op} runs what its forward ran: request {op.removesuffix('_backward')}= instead")
         for n in names:
             if n not in _OPS[op].implementations:
                 raise BackendError(f"{op} has no backend {n!r}; it has: {', '.join(_OPS[op].implementations)}")
@@ -209,7 +211,7 @@ def why_not_native(device: torch.device) -> str | None:
         return None
     if device.type == "cuda":
         if not native().cuda_available():  # type: ignore[union-attr]
-            return "vmae2_fast._C was built without CUDA (nvcc not found at install time)"
+            return "vmae2_fast._C was built without CUDA (no nvcc at install time, or VMAE2_CUDA=OFF)"
         return _too_old(device, "CUDA kernels")
     return f"no native kernels for {device.type}"
 
@@ -275,6 +277,7 @@ def environment() -> dict[str, Any]:
                 for kind in kinds
             }
             for op in ops()
+            if not op.endswith("_backward")  # follows its forward
         },
         "executable": sys.executable,
     }

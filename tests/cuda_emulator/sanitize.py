@@ -13,7 +13,10 @@ from pathlib import Path
 
 from tests.cuda_emulator import build, emulated
 
-TESTS = [f"tests/ops/test_{op}.py" for op in ("masks", "patches", "reconstruction", "cuda_kernels")]
+SHARED = [f"tests/ops/test_{op}.py" for op in ("masks", "patches", "reconstruction", "resize")]
+"""Tests of all backends, of which those of the native and emulated ones are run."""
+OWN = [f"tests/ops/test_{op}.py" for op in ("cuda_kernels", "cpu_isa")]
+"""Tests of native kernels only."""
 
 
 def library(cxx: list[str], name: str) -> str:
@@ -36,8 +39,12 @@ def main() -> int:
         "ASAN_OPTIONS": "detect_leaks=0",  # the interpreter frees little at its end
         "UBSAN_OPTIONS": "print_stacktrace=1",
     }
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-s", "-p", "no:cacheprovider", "-k", "native or emulated", *TESTS]
-    return subprocess.run([*command, *sys.argv[1:]], env=environment).returncode
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-s", "-p", "no:cacheprovider", "-m", "not cuda"]
+    for chosen in ([*OWN], ["-k", "native or emulated", *SHARED]):
+        rc = subprocess.run([*command, *chosen, *sys.argv[1:]], env=environment).returncode
+        if rc:
+            return rc
+    return 0
 
 
 if __name__ == "__main__":

@@ -136,8 +136,14 @@ def test_mixed_devices_are_named(call: Callable[[], Any], message: str) -> None:
 @pytest.mark.parametrize("far", [2**31, 2**32, 2**32 + 3, 2**33, -(2**32) + 1])
 def test_ids_beyond_int32_do_not_wrap_around(name: str, far: int) -> None:
     index = INDEX.long().index_fill(1, torch.tensor([1]), far)
-    with backend.use_backend(f"gather_patches={name}"), pytest.raises(IndexError):
-        gather_patches(BYTES, index, patch=4)
+    with backend.use_backend(f"gather_patches={name}"):
+        if name == "emulated":  # a GPU cannot look at ids: they show in the result
+            rows = gather_patches(BYTES, index, patch=4)
+            assert rows[:, 1].isnan().all()
+            assert rows[:, ::2].isfinite().all()
+            return
+        with pytest.raises(IndexError):
+            gather_patches(BYTES, index, patch=4)
 
 
 @pytest.mark.skipif("native" not in backends("gather_patches"), reason="no native extension")

@@ -289,8 +289,9 @@ def gather_patches(
     """Rows of the patches that `index` names: `dtype` [B, K, C*tubelet*patch*patch].
 
     clip: uint8 [B, T, H, W, C], normalised with the per-channel `mean` and `std` of values in [0, 1] (None: ImageNet's, for
-    three channels), or floating point [B, C, T, H, W], taken as it is and differentiable. index: int32 [B, K] token ids
-    (int64 is converted); -1 gives a row of zeros. `order`: "conv" (c, t, y, x) or "pixel" (t, y, x, c).
+    three channels), or floating point [B, C, T, H, W], taken as it is and differentiable where the ids of a row are distinct
+    (its gradient is `scatter_patches`). index: int32 [B, K] token ids (int64 is converted); -1 gives a row of zeros.
+    `order`: "conv" (c, t, y, x) or "pixel" (t, y, x, c).
     float64 has the reference only.
 
     Raises ValueError for a clip that is no whole number of patches, IndexError (on CPU) for ids outside the grid. On CUDA
@@ -320,8 +321,8 @@ def scatter_patches(
     """A clip [B, C, T, H, W] of the dtype of `rows` with each row at its token, zeros elsewhere; adjoint of `gather_patches`.
 
     rows: floating point [B, K, C*tubelet*patch*patch]; index: int32 [B, K] (int64 is converted), ids of a row distinct,
-    -1 leaves a row out; grid: (T', H', W'). `order` is that of the rows: "pixel" for predictions. float64 runs the
-    reference whatever the backend request says. Raises ValueError for mismatched shapes, IndexError (on CPU) for ids outside
+    -1 leaves a row out; grid: (T', H', W'). `order` is that of the rows: "pixel" for predictions. float64 has the
+    reference only. Raises ValueError for mismatched shapes, IndexError (on CPU) for ids outside
     the grid. The native CUDA kernel, which cannot look at ids without waiting, leaves out rows of ids outside the grid and
     lets the last row of a token win; it takes at most 16 channels.
     """

@@ -295,8 +295,8 @@ def reconstruction_loss(
     check(denominator in ("code", "paper"), f"reconstruction_loss: denominator must be code or paper, got {denominator!r}")
     check(reduction in ("mean", "sum"), f"reconstruction_loss: reduction must be mean or sum, got {reduction!r}")
     check(
-        denominator == "code" or decoded is not None,
-        'reconstruction_loss: denominator="paper" needs decoded=, the tokens decoded per clip',
+        denominator == "code" or (decoded is not None and decoded >= 1),
+        f'reconstruction_loss: denominator="paper" needs decoded=, the tokens decoded per clip, at least 1; got {decoded}',
     )
     statistics = _statistics(clip, mean, std, channels, "reconstruction_loss")
     loss_sum, count, _ = _loss(pred, clip, loss_index, patch, tubelet, normalize, *statistics)
@@ -332,6 +332,7 @@ def patch_statistics(
     (float64 for a float64 clip); std includes the 1e-6 of the target's formula.
     """
     channels = check_clip(clip, patch, tubelet, "patch_statistics")[3]
+    check(tubelet * patch * patch > 1, "patch_statistics: a patch of one pixel has no variance")
     index = check_index(index, clip.shape[0], clip.device, "patch_statistics")
     statistics = _statistics(clip, mean, std, channels, "patch_statistics")
     pixels, unit = _pixels(clip, index, patch, tubelet, *statistics, _compute_dtype(clip))
