@@ -1,7 +1,8 @@
 // Loops over several threads.
 //
 // Threads are started per call and joined before it returns. A resident pool (OpenMP's, for instance) would spin beside
-// torch's own pool and not survive a fork; starting a thread costs some 20 us, so small work stays in the caller.
+// torch's own pool and not survive a fork. Starting a thread costs some 20 us where a core is free, but torch's idle threads spin
+// for milliseconds after each of its operations and hold the cores for so long: work of a few milliseconds stays in the caller.
 #pragma once
 
 #include <algorithm>
@@ -17,7 +18,7 @@ namespace vmae2 {
 // touched elements. The body must not throw, and its result must not depend on where slices are cut.
 template <class Body>
 void parallel_slices(int64_t count, int64_t cost, int threads, const Body& body) {
-  constexpr int64_t elements_per_thread = 1 << 17;
+  constexpr int64_t elements_per_thread = 1 << 20;
   const int64_t useful = std::max<int64_t>(1, count * std::max<int64_t>(1, cost) / elements_per_thread);
   const int64_t workers = std::min<int64_t>({useful, static_cast<int64_t>(std::max(1, threads)), std::max<int64_t>(1, count)});
   if (workers == 1) return body(int64_t{0}, count, int64_t{0});
