@@ -34,6 +34,9 @@ class DecodeError(Exception):
         super().__init__(f"{path}: {reason}")
         self.path, self.reason = path, reason
 
+    def __reduce__(self) -> tuple[Any, ...]:  # between processes
+        return type(self), (self.path, self.reason)
+
 
 class StreamInfo(NamedTuple):
     """What one pass over a file's packets tells."""
@@ -42,6 +45,24 @@ class StreamInfo(NamedTuple):
     pts: np.ndarray | None
     """Sorted timestamps int64 [num_frames] in units of the stream's time base, or None where the file cannot be trusted
     with them (missing or doubled, or packed B-frames possible): frames are then counted in decoding order."""
+
+
+class Decoded(NamedTuple):
+    """Frames of a video and when they are shown."""
+
+    frames: np.ndarray
+    """RGB uint8 [T, H, W, 3]."""
+    pts: np.ndarray | None
+    """int64 [T] in units of the stream's time base, as the decoder gave them; None where frames were counted because
+    the file cannot be trusted with timestamps (see `StreamInfo.pts`)."""
+
+
+def repeated(ids: np.ndarray) -> np.ndarray:
+    """Which frames of a clip only fill it up: bool, of the shape of `ids` [..., T], true where an id was there before."""
+    ids = np.asarray(ids)
+    flags = np.zeros(ids.shape, dtype=bool)
+    flags[..., 1:] = ids[..., 1:] == ids[..., :-1]
+    return flags
 
 
 class FrameCache:
@@ -199,10 +220,15 @@ def decode_video(path: str, ids: np.ndarray) -> np.ndarray:
 
     Rotation metadata is applied. Raises DecodeError where a frame is missing or damaged.
     """
+    return decode_timed(path, ids).frames
+
+
+def decode_timed(path: str, ids: np.ndarray) -> Decoded:
+    """`decode_video` with the timestamp of every frame: those of `probe(path).pts[ids]`, or the file is refused."""
     return _guarded(path, _decode_video, np.asarray(ids, dtype=np.int64))
 
 
-def _decode_video(path: str, ids: np.ndarray) -> np.ndarray:
+def _decode_video(path: str, ids: np.ndarray) -> Decoded:
     info = probe(path)
     wanted = np.unique(ids)
     if wanted[0] < 0 or wanted[-1] >= info.num_frames:
@@ -212,6 +238,7 @@ def _decode_video(path: str, ids: np.ndarray) -> np.ndarray:
         found = _by_time(path, info.pts, wanted, seek=wanted[0] > 0)
         if found is None and wanted[0] > 0:
             found = _by_time(path, info.pts, wanted, seek=False)
+    timed = found is not None
     if found is None:
         found = _by_count(path, info, wanted)
     first = _to_rgb(found[0])
@@ -222,7 +249,11 @@ def _decode_video(path: str, ids: np.ndarray) -> np.ndarray:
     turns = round(found[0].rotation / 90) % 4
     if turns:
         unique = np.ascontiguousarray(np.rot90(unique, turns, axes=(1, 2)))
-    return unique if len(wanted) == len(ids) and np.array_equal(wanted, ids) else unique[np.searchsorted(wanted, ids)]
+    pts = None if not timed else np.array([frame.pts for frame in found], dtype=np.int64)
+    if np.array_equal(wanted, ids):
+        return Decoded(unique, pts)
+    place = np.searchsorted(wanted, ids)
+    return Decoded(unique[place], None if pts is None else pts[place])
 
 
 def _by_time(path: str, table: np.ndarray, wanted: np.ndarray, *, seek: bool) -> list[Any] | None:

@@ -1,20 +1,21 @@
-"""Batches of uint8 clips out of encoded video, decoded ahead by threads (PyAV releases the GIL).
+"""Batches of uint8 clips out of encoded video, decoded ahead by processes (`workers`) straight into shared memory.
 
-What a batch holds is a pure function of (seed, position, view): the number of threads, how far they run ahead and where a
-run was resumed change nothing. A clip that cannot be decoded is replaced by another one drawn from the same position,
-counted, and named once in the quarantine file; too many of them end the run.
+What a batch holds is a pure function of (seed, position, view): the number of processes, how far they run ahead and where a
+run was resumed change nothing. A clip that cannot be decoded, or not in time, is replaced by another one drawn from the same
+position, counted, and named once in the quarantine file; too many of them end the run.
 """
 
 from __future__ import annotations
 
-import contextlib
+import dataclasses
 import functools
 import json
 import os
+import time
 import weakref
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Generator, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -24,11 +25,12 @@ import torch
 from ..config import DataConfig
 from ..ops import resize_crop
 from . import sampling
-from .decode import DecodeError, FrameCache, decode_images, decode_video, probe
-from .manifest import Record, Source, open_sources
+from .decode import DecodeError, FrameCache, repeated
+from .manifest import Manifest, Source, open_sources
 from .plan import Planner, cut_test_views
 from .sampling import Purpose, counter_rng
 from .schedule import Mixture
+from .workers import DecodePool, Done, Job, MemoryPool, Place
 
 _JUDGED_AFTER = 32
 """Clips after which the rate of bad ones is looked at."""
@@ -57,6 +59,8 @@ class Batch(NamedTuple):
     """The video or frame folder of each row."""
     replaced: list[Replaced]
     """What could not be decoded on the way to this batch."""
+    padded: torch.Tensor | None = None
+    """bool [B, T]: frames that only fill up the clip of a short video, repeating the one before. A loader always says."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,8 @@ class VideoViews:
     path: str
     index: int
     """Number of the video in the concatenated lists."""
+    padded: torch.Tensor | None = None
+    """bool [segments * crops, T]: frames that repeat the one before to fill up a view of a short video."""
 
 
 class BadDataError(RuntimeError):
@@ -83,10 +89,11 @@ class _Reader:
         self.sources: list[Source] = open_sources(data)
         self.cache = FrameCache(data.cache_mb << 20) if data.cache_mb else None
         self.decoded = self.replaced = 0
+        self.decode_s = self.wait_s = 0.0
         self.bad: Counter[str] = Counter()
         self._quarantine = None if quarantine is None else os.fspath(quarantine)
         self._quarantined = self._known_bad()
-        # weak: a loop that breaks off drops its iteration, which then ends its own threads
+        # weak: a loop that breaks off drops its iteration, which then ends its own processes
         self._running: weakref.WeakSet[Generator[Any, None, None]] = weakref.WeakSet()
 
     @property
@@ -102,11 +109,14 @@ class _Reader:
 
     @property
     def stats(self) -> dict[str, Any]:
-        """Clips decoded and replaced so far, and failures by path."""
-        return {"decoded": self.decoded, "replaced": self.replaced, "bad": dict(self.bad)}
+        """Clips decoded and replaced so far, failures by path, seconds the decoders worked and the consumer waited."""
+        return {
+            "decoded": self.decoded, "replaced": self.replaced, "bad": dict(self.bad),
+            "decode_s": self.decode_s, "wait_s": self.wait_s,
+        }  # fmt: skip
 
     def close(self) -> None:
-        """End running iterations and join their threads. Closing twice is fine."""
+        """End running iterations and their processes. Closing twice is fine."""
         for iteration in list(self._running):
             iteration.close()
 
@@ -120,30 +130,25 @@ class _Reader:
         self._running.add(iteration)
         return iteration
 
-    def read(self, source: Source, record: Record, choose: Callable[[int], np.ndarray]) -> tuple[torch.Tensor, str]:
-        """Frames `choose(num_frames)` of a clip, uint8 [T, H, W, C], and its path. Raises DecodeError."""
-        path = source.path(record)
-        key = path, record.start, record.total
-        video = None if self.cache is None else self.cache.get(key)
-        if video is not None:
-            return torch.from_numpy(video[choose(len(video))]), path
-        if record.total >= 0:
-            files = source.frame_files(record)
-            count = record.total
+    def _submit(self, pool: DecodePool, job: Job, out: torch.Tensor) -> Future[Done]:
+        """Start a job, or cut its clips out of a video that was kept."""
+        if self.cache is None:
+            return pool.submit(job, out=out)
+        video = self.cache.get(_key(job))
+        keep = self.cache.capacity - self.cache.used
+        return pool.submit(dataclasses.replace(job, keep=keep), out=out, video=video)
 
-            def get(ids: np.ndarray) -> np.ndarray:
-                return decode_images(path, files, ids)
-        else:
-            count = probe(path).num_frames
-
-            def get(ids: np.ndarray) -> np.ndarray:
-                return decode_video(path, ids)
-        ids = choose(count)
-        frames = get(ids)
-        if self.cache is not None and self.cache.has_room(frames[0].nbytes * count):
-            with contextlib.suppress(DecodeError):  # damaged outside the planned frames: a good clip of a video not kept
-                self.cache.put(key, get(np.arange(count)))
-        return torch.from_numpy(frames), path
+    def _wait(self, pool: DecodePool, job: Job, future: Future[Done]) -> Done:
+        """What a job came to. Raises DecodeError."""
+        begin = time.perf_counter()
+        try:
+            done = pool.result(job, future)
+        finally:
+            self.wait_s += time.perf_counter() - begin
+        self.decode_s += done.seconds
+        if self.cache is not None and done.video is not None:
+            self.cache.put(_key(job), done.video)
+        return done
 
     def note(self, failures: list[Replaced]) -> None:
         """Count failures and write each path once into the quarantine file."""
@@ -181,8 +186,48 @@ class _Reader:
             )
 
 
+def _key(job: Job) -> tuple[str, int, int]:
+    return job.source.path(job.record), job.record.start, job.record.total
+
+
+def _single(source: Source, index: int) -> Source:
+    """`source` with one clip of its list: what a process is told."""
+    return dataclasses.replace(source, manifest=Manifest.of([source.manifest[index]]))
+
+
+def _cut_planned(planner: Planner, epoch: int, position: int, attempt: int, video: torch.Tensor, out: torch.Tensor) -> None:
+    height, width = video.shape[1:3]
+    resize_crop(video, planner.windows(height, width, epoch, position, attempt), planner.size, out=out, threads=1)
+
+
+def _cut_views(segments: int, crops: int, size: int, video: torch.Tensor, out: torch.Tensor) -> None:
+    out.copy_(cut_test_views(video, segments=segments, size=size, crops=crops, threads=1))
+
+
+def _pinned(clip: torch.Tensor) -> torch.Tensor:
+    """Where there is a GPU, a copy in page-locked memory of torch's, which knows when a transfer is over."""
+    if not torch.cuda.is_available():
+        return clip
+    return torch.empty(clip.shape, dtype=clip.dtype, pin_memory=True).copy_(clip)
+
+
+def _test_ids(rule: str, num_frames: int, *, frames: int, stride: int, segments: int) -> np.ndarray:
+    """Frame ids of all test views, int64 [segments * T]."""
+    if rule == "segment":
+        return sampling.segment_test_views(num_frames, frames, segments).reshape(-1)
+    return sampling.dense_test_views(num_frames, frames, stride, segments).reshape(-1)
+
+
+class _Ahead(NamedTuple):
+    """A batch on its way."""
+
+    clip: torch.Tensor
+    positions: list[int]
+    jobs: list[tuple[Job, Future[Done]]]
+
+
 class VideoLoader(_Reader):
-    """Training batches. Iterating goes on at `position` (first: `start`); breaking off or `close()` ends the threads.
+    """Training batches. Iterating goes on at `position` (first: `start`); breaking off or `close()` ends the processes.
 
     Args:
         data: sources and how clips are cut.
@@ -221,74 +266,89 @@ class VideoLoader(_Reader):
         return self._start(self._batches())
 
     def _batches(self) -> Generator[Batch, None, None]:
-        pool = ThreadPoolExecutor(max(self.data.workers, 1), thread_name_prefix="vmae2-decode")
-        ahead: deque[tuple[torch.Tensor, list[int], list[Future[tuple[int, str, list[Replaced]]]]]] = deque()
+        pool, memory = DecodePool(self.data.workers, self.data.timeout_s), MemoryPool()
+        ahead: deque[_Ahead] = deque()
         submitted, step, begin = 0, self.clips_per_batch * self.world, self.position
         try:
             while True:
                 while len(ahead) < max(self.data.prefetch, 1) and (self.steps is None or submitted < self.steps):
                     first = begin + submitted * step + self.rank * self.clips_per_batch
-                    positions = list(range(first, first + self.clips_per_batch))
-                    for p in (positions[0], positions[-1]):
-                        self.mixture.order(p // len(self.mixture))  # drawn once here, not by every thread at the same time
-                    shape = (len(positions) * self.data.views, self.frames, self.size, self.size, 3)
-                    clip = torch.empty(shape, dtype=torch.uint8)
-                    rows = clip.split(self.data.views)
-                    ahead.append((clip, positions, [pool.submit(self._fill, p, out) for p, out in zip(positions, rows)]))
+                    ahead.append(self._order(pool, memory, list(range(first, first + self.clips_per_batch))))
                     submitted += 1
                 if not ahead:
                     return
-                clip, positions, futures = ahead.popleft()
-                batch = self._collect(clip, positions, [future.result() for future in futures])
+                batch = self._collect(pool, ahead.popleft())
                 self.position += step
                 yield batch
         finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+            pool.close()
+            memory.close()
 
-    def _collect(self, clip: torch.Tensor, positions: list[int], done: list[tuple[int, str, list[Replaced]]]) -> Batch:
-        views = self.data.views
-        failures = [failure for _, _, failed in done for failure in failed]
-        self.decoded += len(done)
-        self.replaced += sum(1 for _, _, failed in done if failed)
+    def _order(self, pool: DecodePool, memory: MemoryPool, positions: list[int]) -> _Ahead:
+        """Start the jobs of a batch."""
+        shape = (self.data.views, self.frames, self.size, self.size, 3)
+        clip, path = memory.tensor((len(positions) * shape[0], *shape[1:]))
+        rows = clip.split(self.data.views)
+        jobs = [self._job(p, 0, Place(path, i * rows[0].nbytes, shape)) for i, p in enumerate(positions)]
+        return _Ahead(clip, positions, [(job, self._submit(pool, job, row)) for job, row in zip(jobs, rows)])
+
+    def _job(self, position: int, attempt: int, place: Place) -> Job:
+        """The job of a position, or of its `attempt`-th replacement."""
+        epoch, drawn = position // len(self.mixture), position
+        if attempt:
+            rng = counter_rng(self.seed, epoch, position, 0, Purpose.REPLACEMENT, attempt)
+            drawn = epoch * len(self.mixture) + int(rng.randint(len(self.mixture)))
+        number, index = self.mixture.record(drawn)
+        source = self.sources[number]
+        return Job(
+            source=_single(source, index), record=source.manifest[index], place=place,
+            choose=functools.partial(
+                self.planner.frame_ids, stride=source.stride, epoch=epoch, position=position, attempt=attempt
+            ),
+            cut=functools.partial(_cut_planned, self.planner, epoch, position, attempt),
+        )  # fmt: skip
+
+    def _collect(self, pool: DecodePool, ahead: _Ahead) -> Batch:
+        views, rows = self.data.views, ahead.clip.split(self.data.views)
+        failures: list[Replaced] = []
+        finished = []
+        for position, (job, future), row in zip(ahead.positions, ahead.jobs, rows):
+            job, done, failed = self._settle(pool, position, job, future, row)
+            finished.append((job, done))
+            failures += failed
+            self.decoded += 1
+            self.replaced += bool(failed)
         if failures:
             self.note(failures)
             self.judge()
+        padded = torch.from_numpy(repeated(np.stack([done.ids for _, done in finished])))
         return Batch(
-            clip=clip,
-            label=torch.tensor([label for label, _, _ in done]).repeat_interleave(views),
-            position=torch.tensor(positions).repeat_interleave(views),
-            view=torch.arange(views).repeat(len(done)),
-            paths=tuple(path for _, path, _ in done for _ in range(views)),
+            clip=_pinned(ahead.clip),
+            label=torch.tensor([job.record.label for job, _ in finished]).repeat_interleave(views),
+            position=torch.tensor(ahead.positions).repeat_interleave(views),
+            view=torch.arange(views).repeat(len(finished)),
+            paths=tuple(job.source.path(job.record) for job, _ in finished for _ in range(views)),
             replaced=failures,
+            padded=padded.repeat_interleave(views, dim=0),
         )
 
-    def _fill(self, position: int, out: torch.Tensor) -> tuple[int, str, list[Replaced]]:
-        """Decode the clip of a position (or its first good replacement) into `out` [views, T, H, W, C]."""
-        epoch = position // len(self.mixture)
+    def _settle(
+        self, pool: DecodePool, position: int, job: Job, future: Future[Done], out: torch.Tensor
+    ) -> tuple[Job, Done, list[Replaced]]:
+        """Wait for the clip of a position, or for its first good replacement."""
         failures: list[Replaced] = []
-        for attempt in range(self.data.max_attempts + 1):
-            place = position
-            if attempt:
-                rng = counter_rng(self.seed, epoch, position, 0, Purpose.REPLACEMENT, attempt)
-                place = epoch * len(self.mixture) + int(rng.randint(len(self.mixture)))
-            number, index = self.mixture.record(place)
-            source = self.sources[number]
-            record = source.manifest[index]
-            choose = functools.partial(
-                self.planner.frame_ids, stride=source.stride, epoch=epoch, position=position, attempt=attempt
-            )
+        while True:
             try:
-                video, path = self.read(source, record, choose)
+                return job, self._wait(pool, job, future), failures
             except DecodeError as error:
-                failures.append(Replaced(position, source.path(record), error.reason))
-                continue
-            height, width = video.shape[1:3]
-            windows = self.planner.windows(height, width, epoch, position, attempt)
-            resize_crop(video, windows, self.size, out=out, threads=1)
-            return record.label, path, failures
-        last = failures[-1]
-        tried = f"no clip found for position {position} in {len(failures)} attempts"
-        raise BadDataError(f"{tried}; last: {last.path}: {last.reason}")
+                failures.append(Replaced(position, job.source.path(job.record), error.reason))
+            if len(failures) > self.data.max_attempts:
+                last = failures[-1]
+                self.note(failures)
+                tried = f"no clip found for position {position} in {len(failures)} attempts"
+                raise BadDataError(f"{tried}; last: {last.path}: {last.reason}")
+            job = self._job(position, len(failures), job.place)
+            future = self._submit(pool, job, out)
 
 
 class EvaluationLoader(_Reader):
@@ -326,39 +386,43 @@ class EvaluationLoader(_Reader):
     def _videos(self) -> Generator[VideoViews, None, None]:
         self.decoded = self.replaced = 0
         self.bad.clear()
-        pool = ThreadPoolExecutor(max(self.data.workers, 1), thread_name_prefix="vmae2-decode")
-        ahead: deque[Future[VideoViews | Replaced]] = deque()
+        pool, memory = DecodePool(self.data.workers, self.data.timeout_s), MemoryPool()
+        ahead: deque[tuple[int, torch.Tensor, Job, Future[Done]]] = deque()
         indices = iter(range(self.rank, self.num_videos, self.world))
         try:
             while True:
                 while len(ahead) < self.data.workers + self.data.prefetch and (index := next(indices, None)) is not None:
-                    ahead.append(pool.submit(self._views, index))
+                    clips, path = memory.tensor((self.segments * self.crops, self.frames, self.size, self.size, 3))
+                    job = self._job(index, Place(path, 0, tuple(clips.shape)))
+                    ahead.append((index, clips, job, self._submit(pool, job, clips)))
                 if not ahead:
                     self.judge(final=True)
                     return
-                result = ahead.popleft().result()
+                index, clips, job, future = ahead.popleft()
                 self.decoded += 1
-                if isinstance(result, Replaced):
+                path = job.source.path(job.record)
+                try:
+                    done = self._wait(pool, job, future)
+                except DecodeError as error:
                     self.replaced += 1
-                    self.note([result])
+                    self.note([Replaced(index, path, error.reason)])
                     self.judge()
-                else:
-                    yield result
+                    continue
+                padded = torch.from_numpy(repeated(done.ids.reshape(self.segments, -1)))
+                padded = padded.repeat_interleave(self.crops, dim=0)
+                yield VideoViews(_pinned(clips), job.record.label, path, index, padded)
         finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+            pool.close()
+            memory.close()
 
-    def _ids(self, num_frames: int, stride: int) -> np.ndarray:
-        if self.data.sampling == "segment":
-            return sampling.segment_test_views(num_frames, self.frames, self.segments).reshape(-1)
-        return sampling.dense_test_views(num_frames, self.frames, stride, self.segments).reshape(-1)
-
-    def _views(self, index: int) -> VideoViews | Replaced:
+    def _job(self, index: int, place: Place) -> Job:
         number = int(np.searchsorted(self._ends, index, side="right"))
         source = self.sources[number]
-        record = source.manifest[index - (int(self._ends[number - 1]) if number else 0)]
-        try:
-            video, path = self.read(source, record, lambda n: self._ids(n, source.stride))
-        except DecodeError as error:
-            return Replaced(index, source.path(record), error.reason)
-        clips = cut_test_views(video, segments=self.segments, size=self.size, crops=self.crops, threads=1)
-        return VideoViews(clips, record.label, path, index)
+        within = index - (int(self._ends[number - 1]) if number else 0)
+        return Job(
+            source=_single(source, within), record=source.manifest[within], place=place,
+            choose=functools.partial(
+                _test_ids, self.data.sampling, frames=self.frames, stride=source.stride, segments=self.segments
+            ),
+            cut=functools.partial(_cut_views, self.segments, self.crops, self.size),
+        )  # fmt: skip

@@ -21,10 +21,11 @@ from .checkpoint import clean, committed, sha256, write_json
 
 # What may change between two sittings of one run: where things lie, how often it is saved or shown, and how the work is
 # cut up. None of it changes the maths (micro_batch: up to the order of summation).
+_LOADING = ("workers", "prefetch", "cache_mb", "timeout_s", "datasets")
 FREE = {
     "out", "cites", "views.batch",
     *(f"train.{key}" for key in ("micro_batch", "threads", "checkpoint_every", "keep_checkpoints", "log_every")),
-    *(f"{data}.{key}" for data in ("data", "validation") for key in ("workers", "prefetch", "cache_mb", "datasets")),
+    *(f"data.{key}" for key in _LOADING), *(f"validation.{key}" for key in _LOADING),
 }  # fmt: skip
 
 
