@@ -8,7 +8,7 @@ OUT ?= runs/demo
 NATIVE := $(if $(shell command -v c++ || command -v g++ || command -v clang++),require,auto)
 SOURCES := setup.py pyproject.toml CMakeLists.txt constraints.txt $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/*)
 
-.PHONY: help demo test lint bench aot sanitize gpu-check clean
+.PHONY: help demo test lint bench aot sanitize fuzz gpu-check clean
 help:
 	@echo "make demo               progressive training on encoded video, report in $(OUT)/report.html"
 	@echo "make demo CLIPS=DIR     the same on a folder of labelled videos, in runs/clips"
@@ -17,6 +17,7 @@ help:
 	@echo "make bench              microbenchmarks beside the honest alternatives"
 	@echo "make aot                compile every GPU kernel without a GPU, print registers, shared memory and spills"
 	@echo "make sanitize           native kernels under AddressSanitizer and UndefinedBehaviorSanitizer"
+	@echo "make fuzz               500 mutated video files: none may crash, hang or be decoded wrong"
 	@echo "make gpu-check          everything that needs a GPU, with the running interpreter; needs no network"
 	@echo "make clean              remove builds and caches, keep runs"
 
@@ -44,6 +45,9 @@ test: $(VENV)/.dev
 # C++ and the CUDA kernels, these emulated on the CPU (tests/cuda_emulator).
 sanitize: $(VENV)/.dev
 	$(BIN)/python -m tests.cuda_emulator.sanitize
+
+fuzz: $(VENV)/.dev
+	VMAE2_FUZZ=500 $(BIN)/python -m pytest -q tests/data/test_fuzz.py
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

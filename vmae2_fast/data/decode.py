@@ -135,7 +135,7 @@ def _packets(container: Any, stream: Any) -> Any:
         for packet in container.demux(stream):
             if packet.size:
                 yield packet
-    except _av().FFmpegError:
+    except (_av().FFmpegError, IndexError):  # PyAV's own, where damage makes a stream appear that was not announced
         return
 
 

@@ -15,7 +15,6 @@ import time
 import weakref
 from collections import Counter, deque
 from collections.abc import Generator, Iterator
-from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -30,7 +29,7 @@ from .manifest import Manifest, Source, open_sources
 from .plan import Planner, cut_test_views
 from .sampling import Purpose, counter_rng
 from .schedule import Mixture
-from .workers import DecodePool, Done, Job, MemoryPool, Place
+from .workers import DecodePool, Done, Job, MemoryPool, Place, Ticket
 
 _JUDGED_AFTER = 32
 """Clips after which the rate of bad ones is looked at."""
@@ -130,7 +129,7 @@ class _Reader:
         self._running.add(iteration)
         return iteration
 
-    def _submit(self, pool: DecodePool, job: Job, out: torch.Tensor) -> Future[Done]:
+    def _submit(self, pool: DecodePool, job: Job, out: torch.Tensor) -> Ticket:
         """Start a job, or cut its clips out of a video that was kept."""
         if self.cache is None:
             return pool.submit(job, out=out)
@@ -138,16 +137,16 @@ class _Reader:
         keep = self.cache.capacity - self.cache.used
         return pool.submit(dataclasses.replace(job, keep=keep), out=out, video=video)
 
-    def _wait(self, pool: DecodePool, job: Job, future: Future[Done]) -> Done:
+    def _wait(self, pool: DecodePool, ticket: Ticket) -> Done:
         """What a job came to. Raises DecodeError."""
         begin = time.perf_counter()
         try:
-            done = pool.result(job, future)
+            done = pool.result(ticket)
         finally:
             self.wait_s += time.perf_counter() - begin
         self.decode_s += done.seconds
         if self.cache is not None and done.video is not None:
-            self.cache.put(_key(job), done.video)
+            self.cache.put(_key(ticket.job), done.video)
         return done
 
     def note(self, failures: list[Replaced]) -> None:
@@ -223,7 +222,7 @@ class _Ahead(NamedTuple):
 
     clip: torch.Tensor
     positions: list[int]
-    jobs: list[tuple[Job, Future[Done]]]
+    tickets: list[Ticket]
 
 
 class VideoLoader(_Reader):
@@ -290,7 +289,7 @@ class VideoLoader(_Reader):
         clip, path = memory.tensor((len(positions) * shape[0], *shape[1:]))
         rows = clip.split(self.data.views)
         jobs = [self._job(p, 0, Place(path, i * rows[0].nbytes, shape)) for i, p in enumerate(positions)]
-        return _Ahead(clip, positions, [(job, self._submit(pool, job, row)) for job, row in zip(jobs, rows)])
+        return _Ahead(clip, positions, [self._submit(pool, job, row) for job, row in zip(jobs, rows)])
 
     def _job(self, position: int, attempt: int, place: Place) -> Job:
         """The job of a position, or of its `attempt`-th replacement."""
@@ -312,8 +311,8 @@ class VideoLoader(_Reader):
         views, rows = self.data.views, ahead.clip.split(self.data.views)
         failures: list[Replaced] = []
         finished = []
-        for position, (job, future), row in zip(ahead.positions, ahead.jobs, rows):
-            job, done, failed = self._settle(pool, position, job, future, row)
+        for position, ticket, row in zip(ahead.positions, ahead.tickets, rows):
+            job, done, failed = self._settle(pool, position, ticket, row)
             finished.append((job, done))
             failures += failed
             self.decoded += 1
@@ -333,22 +332,21 @@ class VideoLoader(_Reader):
         )
 
     def _settle(
-        self, pool: DecodePool, position: int, job: Job, future: Future[Done], out: torch.Tensor
+        self, pool: DecodePool, position: int, ticket: Ticket, out: torch.Tensor
     ) -> tuple[Job, Done, list[Replaced]]:
         """Wait for the clip of a position, or for its first good replacement."""
         failures: list[Replaced] = []
         while True:
             try:
-                return job, self._wait(pool, job, future), failures
+                return ticket.job, self._wait(pool, ticket), failures
             except DecodeError as error:
-                failures.append(Replaced(position, job.source.path(job.record), error.reason))
+                failures.append(Replaced(position, ticket.job.source.path(ticket.job.record), error.reason))
             if len(failures) > self.data.max_attempts:
                 last = failures[-1]
                 self.note(failures)
                 tried = f"no clip found for position {position} in {len(failures)} attempts"
                 raise BadDataError(f"{tried}; last: {last.path}: {last.reason}")
-            job = self._job(position, len(failures), job.place)
-            future = self._submit(pool, job, out)
+            ticket = self._submit(pool, self._job(position, len(failures), ticket.job.place), out)
 
 
 class EvaluationLoader(_Reader):
@@ -387,22 +385,23 @@ class EvaluationLoader(_Reader):
         self.decoded = self.replaced = 0
         self.bad.clear()
         pool, memory = DecodePool(self.data.workers, self.data.timeout_s), MemoryPool()
-        ahead: deque[tuple[int, torch.Tensor, Job, Future[Done]]] = deque()
+        ahead: deque[tuple[int, torch.Tensor, Ticket]] = deque()
         indices = iter(range(self.rank, self.num_videos, self.world))
         try:
             while True:
                 while len(ahead) < self.data.workers + self.data.prefetch and (index := next(indices, None)) is not None:
                     clips, path = memory.tensor((self.segments * self.crops, self.frames, self.size, self.size, 3))
                     job = self._job(index, Place(path, 0, tuple(clips.shape)))
-                    ahead.append((index, clips, job, self._submit(pool, job, clips)))
+                    ahead.append((index, clips, self._submit(pool, job, clips)))
                 if not ahead:
                     self.judge(final=True)
                     return
-                index, clips, job, future = ahead.popleft()
+                index, clips, ticket = ahead.popleft()
+                job = ticket.job
                 self.decoded += 1
                 path = job.source.path(job.record)
                 try:
-                    done = self._wait(pool, job, future)
+                    done = self._wait(pool, ticket)
                 except DecodeError as error:
                     self.replaced += 1
                     self.note([Replaced(index, path, error.reason)])

@@ -23,7 +23,6 @@ import types
 import weakref
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from concurrent.futures import TimeoutError as JobTimeout
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -37,6 +36,10 @@ from .manifest import Record, Source
 
 DEATHS = 2
 """Processes a job may take with it before its clip is held to be the cause."""
+_WATCH_S = 0.5
+"""Seconds between two looks at the processes while waiting for a job."""
+_RESTARTS = 16
+"""Times all processes may be started anew without a clip finished in between."""
 
 
 class Memory:
@@ -45,7 +48,7 @@ class Memory:
     def __init__(self, size: int) -> None:
         self.size = size
         if hasattr(os, "memfd_create"):
-            self._file = os.fdopen(os.memfd_create("vmae2-clips"), "r+b")
+            self._file: Any = os.fdopen(os.memfd_create("vmae2-clips"), "r+b")
             self.path = f"/proc/{os.getpid()}/fd/{self._file.fileno()}"
         else:
             self._file = tempfile.NamedTemporaryFile(prefix="vmae2-clips-")  # noqa: SIM115  closed by its finalizer
@@ -158,12 +161,17 @@ def _open(place: Place) -> torch.Tensor:
     return torch.from_numpy(shared).view(place.shape)
 
 
-def _start_worker() -> None:
+def start_worker() -> None:
     """One thread per process, and no life after the loader's."""
     torch.set_num_threads(1)
+    threading.Thread(target=_end_with_the_loader, daemon=True, name="vmae2-parent").start()
+
+
+def _end_with_the_loader() -> None:
     parent = multiprocessing.parent_process()
     if parent is not None:
-        threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True, name="vmae2-parent").start()
+        parent.join()
+        os._exit(1)
 
 
 class _Process(multiprocessing.context.ForkServerProcess):
@@ -185,6 +193,22 @@ class _Context(multiprocessing.context.ForkServerContext):
     Process = _Process
 
 
+def decoder_context() -> Any:
+    """How decoder processes are started: a `multiprocessing` context."""
+    context = _Context()
+    context.set_forkserver_preload([__name__, "av"])
+    return context
+
+
+class Ticket:
+    """A submitted job."""
+
+    def __init__(self, job: Job, future: Future[Done]) -> None:
+        self.job, self.future = job, future
+        self.deaths = 0
+        """Processes that ended while they ran this job."""
+
+
 class DecodePool:
     """`workers` decoder processes, or with 0 a thread of this one, which nothing can end.
 
@@ -197,61 +221,95 @@ class DecodePool:
         self.timeout_s = timeout_s
         self._workers = workers
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="vmae2-decode")
-        self._processes: ProcessPool | None = None
-        if workers:
-            self._start()
+        self._waiting: list[Ticket] = []
+        self._restarts = 0
+        self._processes: ProcessPool | None = self._start() if workers else None
 
-    def _start(self) -> None:
-        context = _Context()
-        context.set_forkserver_preload([__name__])
-        self._processes = ProcessPool(self._workers, initializer=_start_worker, context=context)
+    def _start(self) -> ProcessPool:
+        self._known: set[int] | None = None
+        return ProcessPool(self._workers, initializer=start_worker, context=decoder_context())
 
-    def submit(self, job: Job, *, out: torch.Tensor, video: np.ndarray | None = None) -> Future[Done]:
+    def submit(self, job: Job, *, out: torch.Tensor, video: np.ndarray | None = None) -> Ticket:
         """Run a job; one whose `video` is kept here needs no process, `out` is this process's view of the job's place."""
         if self._processes is None or video is not None:
-            return self._thread.submit(run_job, job, out, video)
-        return self._schedule(job)
+            return Ticket(job, self._thread.submit(run_job, job, out, video))
+        ticket = Ticket(job, Future())
+        self._waiting.append(ticket)
+        self._schedule(ticket)
+        return ticket
 
-    def _schedule(self, job: Job) -> Future[Done]:
+    def _schedule(self, ticket: Ticket) -> None:
         assert self._processes is not None
         try:
-            return self._processes.schedule(run_job, args=(job,), timeout=self.timeout_s)
+            ticket.future = self._processes.schedule(run_job, args=(ticket.job,), timeout=self.timeout_s)
         except RuntimeError:  # the pool noticed only now that its idle processes were killed
             self._restart()
-            return self._processes.schedule(run_job, args=(job,), timeout=self.timeout_s)
+
+    def result(self, ticket: Ticket) -> Done:
+        """What a job came to. Raises DecodeError; a job whose process was killed is run again."""
+        path = ticket.job.source.path(ticket.job.record)
+        while ticket.deaths <= DEATHS:
+            try:
+                done = ticket.future.result(timeout=None if self._processes is None else _WATCH_S)
+            except TimeoutError:
+                if ticket.future.done():
+                    self._finish(ticket)
+                    self._known = None  # the pool replaces the process it ended
+                    raise DecodeError(path, f"no result within data.timeout_s={self.timeout_s:g} seconds") from None
+                if self._someone_died():
+                    self._restart()
+            except (ProcessExpired, BrokenProcessPool):
+                self._restart()
+            except DecodeError:
+                self._finish(ticket)
+                raise
+            else:
+                self._finish(ticket)
+                return done
+        self._finish(ticket)
+        raise DecodeError(path, f"every process that decodes it ends ({ticket.deaths} tried)")
+
+    def _finish(self, ticket: Ticket) -> None:
+        self._restarts = 0
+        if ticket in self._waiting:
+            self._waiting.remove(ticket)
+
+    def _someone_died(self) -> bool:
+        """Whether a process has been replaced that was not ended by a time limit. Pebble loses a job whose process is killed
+        in the moment it takes it: without a look nobody would ever hear of it."""
+        now = set(self._pids())
+        if len(now) < self._workers:  # just being replaced: the next look will tell
+            return False
+        before, self._known = self._known, now
+        return before is not None and before != now
 
     def _restart(self) -> None:
+        """All processes anew, and what was not finished again: nobody of before writes into the shared memory any more."""
         assert self._processes is not None
-        self._processes.stop()
-        self._processes.join()
-        self._start()
+        self._restarts += 1
+        if self._restarts > _RESTARTS:
+            raise RuntimeError(
+                f"decoder processes were killed {self._restarts} times in a row without finishing one clip; "
+                "is this machine out of memory? Lower data.workers"
+            )
+        self._stop()
+        self._processes = self._start()
+        for ticket in self._waiting:
+            error = ticket.future.exception() if ticket.future.done() else None
+            ticket.deaths += isinstance(error, ProcessExpired)
+            if not ticket.future.done() or isinstance(error, (ProcessExpired, BrokenProcessPool)):
+                self._schedule(ticket)
 
-    def result(self, job: Job, future: Future[Done]) -> Done:
-        """The result of a submitted job. Raises DecodeError; a job whose process was killed is run again."""
-        for death in range(DEATHS + 1):
-            try:
-                return future.result()
-            except JobTimeout:
-                path = job.source.path(job.record)
-                raise DecodeError(path, f"no result within data.timeout_s={self.timeout_s:g} seconds") from None
-            except ProcessExpired as error:
-                if death == DEATHS:
-                    path = job.source.path(job.record)
-                    raise DecodeError(path, f"ends the process that decodes it (exit code {error.exitcode})") from None
-            except BrokenProcessPool:
-                if self._processes is not None and not self._processes.active:
-                    self._restart()
-            future = self._schedule(job)
-        raise RuntimeError("decoder processes are killed as fast as they start: is this machine out of memory?")
+    def _pids(self) -> list[int]:
+        assert self._processes is not None
+        return list(self._processes._pool_manager.worker_manager.workers)
 
-    @property
-    def pids(self) -> list[int]:
-        """Process ids of the decoders that run."""
-        return [] if self._processes is None else list(self._processes._pool_manager.worker_manager.workers)
+    def _stop(self) -> None:
+        if self._processes is not None:
+            self._processes.stop()
+            self._processes.join()
 
     def close(self) -> None:
         """End all jobs and processes, and wait for them."""
         self._thread.shutdown(wait=True, cancel_futures=True)
-        if self._processes is not None:
-            self._processes.stop()
-            self._processes.join()
+        self._stop()
