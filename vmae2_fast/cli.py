@@ -19,7 +19,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from . import __version__, backend
+from . import __version__, backend, cli_files
 from .benchmarks import options
 from .config import MaskConfig, ModelConfig, Progression, load
 
@@ -330,7 +330,7 @@ def bench(suite: tyro.conf.OmitSubcommandPrefixes[tyro.conf.OmitArgPrefixes[opti
 
 COMMANDS: dict[str, Callable[..., Any]] = {
     f.__name__: f for f in (recipes, env, reconstruct, classify, ledger, convert, report, bench)
-}
+} | {f"data {name}": command for name, command in cli_files.COMMANDS.items()}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -355,6 +355,8 @@ def _dispatch(arguments: list[str]) -> Any:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_usage())
         return {}
+    if arguments[0] == "data":
+        arguments = [" ".join(arguments[:2]), *arguments[2:]]
     if arguments[0] not in COMMANDS:
         from .config import unknown
 
@@ -371,7 +373,7 @@ def _dispatch(arguments: list[str]) -> Any:
 def _usage() -> str:
     lines = ["usage: vmae2 COMMAND [--help] [--json] ...", "", __doc__.split("\n")[0], ""]
     for name, command in {"launch": launch, **COMMANDS}.items():
-        lines.append(f"  {name:<12} {(command.__doc__ or '').splitlines()[0]}")
+        lines.append(f"  {name:<14} {(command.__doc__ or '').splitlines()[0]}")
     return "\n".join(lines)
 
 

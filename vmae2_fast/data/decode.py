@@ -14,6 +14,7 @@ import os
 import re
 import threading
 from collections import OrderedDict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -213,6 +214,19 @@ def _guarded(path: str, function: Any, *arguments: Any) -> Any:
         raise DecodeError(path, error.strerror or type(error).__name__) from error
     except ValueError as error:
         raise DecodeError(path, f"{type(error).__name__}: {error}") from error
+
+
+def sound_frames(path: str) -> Iterator[Any]:
+    """Every sound frame of a video in order of presentation, as PyAV gives it. Raises DecodeError."""
+    container, stream = _guarded(path, _open)
+    with container:
+        empty = True
+        for frame in _frames(container, stream):
+            empty = False
+            frame.time_base = stream.time_base  # frames the decoder held back at the end have none
+            yield frame
+    if empty:
+        raise DecodeError(path, "holds no decodable video frame")
 
 
 def decode_video(path: str, ids: np.ndarray) -> np.ndarray:
