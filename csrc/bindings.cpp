@@ -88,6 +88,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     py::dict info;
     info["version"] = VMAE2_VERSION;
     info["compiler"] = compiler();
+    info["openmp"] = openmp();
     info["flags"] = VMAE2_FLAGS;
     info["cpu_features"] = cpu_features();
     info["cpu_isa"] = cpu_isa_name();
