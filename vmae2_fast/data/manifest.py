@@ -24,6 +24,7 @@ Line formats (space separated; paths may hold spaces; blank lines and CRLF are f
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from dataclasses import dataclass
@@ -166,6 +167,13 @@ def read_datasets(path: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
             if key in table and table[key] not in allowed:
                 raise ManifestError(f"{path}: [{name}]: {unknown(key, table[key], list(allowed))}")
     return tables
+
+
+def dataset_table(name: str, table: dict[str, Any]) -> str:
+    """One table of a `datasets.toml` as text."""
+    # a JSON string is a TOML string as long as it keeps characters beyond 16 bits as they are
+    lines = [f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in table.items()]
+    return "\n".join([f"[{name}]", *lines, ""])
 
 
 def open_sources(data: DataConfig) -> list[Source]:
