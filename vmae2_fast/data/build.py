@@ -82,7 +82,8 @@ def merged_names() -> tuple[str, ...]:
     return tuple((_LABEL_MAPS / "k710.txt").read_text(encoding="utf-8").splitlines())
 
 
-def _label_map(classes: int) -> list[int]:
+def label_map(classes: int) -> list[int]:
+    """K710's number for each class of K400, K600 or K700."""
     return json.loads((_LABEL_MAPS / f"k710_to_k{classes}.json").read_text())
 
 
@@ -92,7 +93,7 @@ def label_numbers(classes: int, names: Iterable[str], where: str) -> dict[str, i
     Raises ManifestError for a name of none of them; `where` is the file it names.
     """
     merged = merged_names()
-    own = {merged[number]: number for number in _label_map(classes)}
+    own = {merged[number]: number for number in label_map(classes)}
     spelled = json.loads((_LABEL_MAPS / "k710_merged_names.json").read_text())
     folded = {name.casefold(): number for name, number in own.items()}
     numbers = {}
@@ -185,7 +186,7 @@ def _labelled(
     source = open_sources(
         DataConfig(sources=(SourceConfig(name=f"k{classes}", split=split),), datasets=str(toml), sampling="dense")
     )[0]
-    manifest, numbers = source.manifest, _label_map(classes)
+    manifest, numbers = source.manifest, label_map(classes)
     if source.label_names is not None:
         numbers = list(label_numbers(classes, source.label_names, str(toml)).values())
     if manifest.labels.max() >= len(numbers):
