@@ -3,8 +3,8 @@
 `rand-m7-n4-mstd0.5-inc1` of the released fine-tuning scripts: n = 4 operations out of 15, each applied with probability
 1/2, its magnitude drawn from N(m, mstd) and clipped to 0..10; `inc1` takes the forms that grow stronger with the
 magnitude. All frames of a clip get the same operations (Cubuk et al., "RandAugment", and timm's auto-augment, whose ranges
-these are). Results are the bits Pillow gives: sums, truncations and border rules are Pillow's. Only rotation, shear and shift may
-differ by one level where the filter's sum is a whole level but for rounding.
+these are). Results are the bits Pillow gives: sums, truncations and border rules are Pillow's. Only rotation, shear and
+shift may differ by one level where the filter's sum is a whole level but for rounding.
 """
 
 from __future__ import annotations
