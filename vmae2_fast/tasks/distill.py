@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..config import DistillConfig
+from ..data.augment import mix_clips, mix_targets, plan_mix, smooth_targets
 from ..data.loader import Batch, VideoViews
 from ..models.weights import load_weights
 from .base import Task, class_labels, view_batches
@@ -59,15 +60,18 @@ class DistillTask(Task[DistillConfig]):
         return self.config.label_weight > 0
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
-        clip = batch.clip.to(self.device, non_blocking=True)
+        mix = plan_mix(self.config.mix, batch.position, self.config.model.size, self.config.seed)
+        clip = mix_clips(batch.clip.to(self.device, non_blocking=True), mix)
         with self.autocast():
             with torch.no_grad():
                 target = self.teacher(clip).float()
             logits = self.model(clip).float()
         total = distillation_loss(logits, target, self.config.temperature)
         if self.config.label_weight > 0:
-            label = class_labels(batch.label, batch.paths, self.config.model.num_classes).to(self.device, non_blocking=True)
-            total = total + self.config.label_weight * F.cross_entropy(logits, label, reduction="sum")
+            classes = self.config.model.num_classes
+            label = class_labels(batch.label, batch.paths, classes).to(self.device, non_blocking=True)
+            wanted = mix_targets(smooth_targets(label, classes, 0.0), mix)
+            total = total + self.config.label_weight * F.cross_entropy(logits, wanted, reduction="sum")
         return {"loss_sum": total, "agreement": (logits.detach().argmax(-1) == target.argmax(-1)).sum()}
 
     @torch.no_grad()
