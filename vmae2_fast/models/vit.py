@@ -20,11 +20,11 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ..config import ModelConfig
 from ..ops.attention import attention, cosine_attention
+from ..ops.linear import linear
 from ..ops.mlp import norm_mlp
 from ..ops.norm import norm_qkv, residual_norm
 from ..ops.patches import gather_patches
@@ -42,10 +42,14 @@ class Pending(NamedTuple):
 
 
 class Linear(nn.Linear):
-    """`nn.Linear` whose values are left to `initialise`: drawing torch's default first doubles the time of a build."""
+    """`nn.Linear` that keeps no cast copy of its weight, and whose values are left to `initialise`: drawing torch's default
+    first doubles the time of a build."""
 
     def reset_parameters(self) -> None:
         pass
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
 
 
 class Conv3d(nn.Conv3d):
@@ -78,7 +82,7 @@ class PatchEmbed(nn.Module):
         kind, weight = clip.device.type, self.proj.weight
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
         rows = gather_patches(clip, index, patch=spec.patch, tubelet=spec.tubelet, mean=self.mean, std=self.std, dtype=dtype)
-        return F.linear(rows, weight.flatten(1), self.proj.bias)
+        return linear(rows, weight.flatten(1), self.proj.bias)
 
 
 def check_clip(clip: Tensor, spec: ModelSpec) -> None:
