@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import ModelConfig
+from ..ops._half_block import statistics_dtype
 from .positions import PositionTable
 from .sizes import output_norm_eps, resolve
 from .vit import Linear, PatchEmbed, Pending, add, fold, initialise, make_blocks, set_norm_eps, stack, stream
@@ -70,7 +71,8 @@ class VisionTransformer(nn.Module):
     def forward_features(self, clip: Tensor) -> Tensor:
         """Pooled features [B, width]."""
         if self.config.pooling == "mean":
-            return self.fc_norm(self.tokens(clip).mean(1))
+            tokens = self.tokens(clip)
+            return self.fc_norm(tokens.mean(1, dtype=statistics_dtype(tokens.dtype)))
         return fold(*self._stack(clip, slice(0, 1)), self.norm)[:, 0]
 
     def forward(self, clip: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ gamma_1/gamma_2 with layer scale, attn.scale with cosine attention.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, Literal, NamedTuple
@@ -168,15 +169,22 @@ class Block(nn.Module):
             keep = 1 - self.drop_path
             drop = (torch.rand(2, x.shape[0], device=x.device) < keep).float() / keep
         if self.activation_checkpoint == "block" and torch.is_grad_enabled():
-            x, left = checkpoint(self._run, x, pending, drop, rows, use_reentrant=False, preserve_rng_state=False)
+            # Tensors one by one, not in a tuple: so they count as saved, and saved-tensor hooks can move them.
+            run = functools.partial(checkpoint, self._run, use_reentrant=False, preserve_rng_state=False)
         else:
-            x, left = self._run(x, pending, drop, rows)
+            run = self._run
+        x, left = run(x, *(pending or (None, None, None)), drop, rows)
         return (x, left) if defer else add(x, left)
 
     def _run(
-        self, x: Tensor, pending: Pending | None, drop: Tensor | None, rows: Tensor | slice | None
+        self,
+        x: Tensor,
+        branch: Tensor | None,
+        gamma: Tensor | None,
+        branch_drop: Tensor | None,
+        drop: Tensor | None,
+        rows: Tensor | slice | None,
     ) -> tuple[Tensor, Pending]:
-        branch, gamma, branch_drop = pending or (None, None, None)
         attn, mlp, norm = self.attn, self.mlp, self.norm1
         x, qkv = norm_qkv(
             x, branch, gamma, branch_drop, norm.weight, norm.bias, norm.eps, attn.qkv.weight, attn.q_bias, attn.v_bias
