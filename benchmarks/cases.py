@@ -386,12 +386,12 @@ def decoder_tokens(x: Batch, compiled: Callable) -> Case:
 @case("residual_norm", "forward", "forward_backward")
 def residual_norm(x: Batch, compiled: Callable) -> Case:
     """Residual add and LayerNorm between two half-blocks of the encoder, the stream in the dtype of the branch."""
-    stream = x.stream[0]
+    stream, form = x.stream[0], compiled(plain.residual_norm)
     moved = stream.numel() * stream.dtype.itemsize
     return Case(
         ours=lambda b: our_residual_norm(*b.stream[:2], None, None, *b.stream[2:], 1e-6)[1],
         plain=lambda b: plain.residual_norm(*b.stream)[1],
-        strong={"compiled": lambda b, form=compiled(plain.residual_norm): form(*b.stream)[1]},
+        strong={"compiled": lambda b: form(*b.stream)[1]},
         # Two in and two out; then the gradient and the sum in, one gradient out: it is the branch's too.
         bytes=4 * moved, gradient=lambda b: b.stream, backward_bytes=3 * moved, shapes={"stream": list(stream.shape)},
     )  # fmt: skip

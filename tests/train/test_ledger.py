@@ -146,9 +146,9 @@ OPTIONS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("task", [{"name": BASE}, {"name": "vit_base_patch16_224", "num_classes": 400}], ids=lambda t: t["name"])
-def test_activation_bytes_at_real_size(task: dict[str, Any], options: dict[str, Any]) -> None:
-    config = ModelConfig(**task, **options)
+@pytest.mark.parametrize("name", [BASE, "vit_base_patch16_224"])
+def test_activation_bytes_at_real_size(name: str, options: dict[str, Any]) -> None:
+    config = ModelConfig(name=name, num_classes=0 if name == BASE else 400, **options)
     with FakeTensorMode(allow_non_fake_inputs=True):
         assert measured(config, 2, bf16=True) == 2 * ledger(config)["activation_bytes"]["total"]
 
@@ -177,7 +177,7 @@ def test_activation_bytes_of_a_real_run(options: dict[str, Any], bf16: bool) -> 
 
 
 def test_evaluation_keeps_nothing() -> None:
-    model = build_model(ModelConfig(name="vit_base_patch16_224", **SMALL, num_classes=5)).eval()
+    model = build_model(ModelConfig(name="vit_base_patch16_224", **SMALL)).eval()
     with torch.no_grad():
         assert saved_bytes(lambda: model(torch.zeros(2, 3, 8, 32, 32)), model) == 0
 

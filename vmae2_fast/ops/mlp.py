@@ -40,7 +40,7 @@ def _norm_mlp_forward(
     u = hb.linear(h.view(-1, c), fc1_weight, fc1_bias, dtype)
     del h
     out = hb.linear(torch.nn.functional.gelu(u), fc2_weight, fc2_bias, dtype)
-    return returned, out.view(b, n, -1), mean, rstd, u.view(b, n, -1)
+    return returned, out.view(b, n, out.shape[1]), mean, rstd, u.view(b, n, u.shape[1])
 
 
 def _norm_mlp_gradients(

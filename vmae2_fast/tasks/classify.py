@@ -30,7 +30,7 @@ class ClassifyTask(Task[ClassifyConfig]):
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         label = class_labels(batch.label, batch.paths, self.config.model.num_classes).to(self.device, non_blocking=True)
         with self.autocast():
-            logits = self.model(batch.clip.to(self.device, non_blocking=True)).float()
+            logits = self.model(batch.clip.to(self.device, non_blocking=True), kept_branches(self, batch)).float()
         total = F.cross_entropy(logits, label, label_smoothing=self.config.label_smoothing, reduction="sum")
         return {"loss_sum": total, "top1": (logits.detach().argmax(-1) == label).sum()}
 
@@ -56,6 +56,14 @@ def build_classifier(config: ModelConfig, run: str) -> VisionTransformer:
     if not isinstance(model, VisionTransformer):
         raise ValueError(f"{run}: classification needs a vit_* model, got model.name={config.name}")
     return model
+
+
+def kept_branches(task: Task[Any], batch: Batch) -> list[Tensor] | None:
+    """The samples that run each branch of `task.model`, where its drop path skips the others."""
+    if not task.config.model.drop_path_skip:
+        return None
+    model: VisionTransformer = task.model  # type: ignore[assignment]
+    return model.draw_kept(batch.position, batch.view, task.config.seed)
 
 
 def logits_of(task: Task[Any], model: nn.Module, clip: Tensor) -> np.ndarray:
