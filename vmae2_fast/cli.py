@@ -333,10 +333,11 @@ def report(out: tyro.conf.Positional[str] = "runs/demo") -> dict[str, Any]:
 
 
 def bench(suite: tyro.conf.OmitSubcommandPrefixes[tyro.conf.OmitArgPrefixes[options.Suite]]) -> dict[str, Any]:
-    """Time ours beside the honest alternatives, in turns: single ops, or whole pre-training steps.
+    """Measure ours beside the honest alternatives: single ops or whole pre-training steps in turns, or the bytes a step keeps.
 
     Example: vmae2 bench ops --only gather_vit_b masks
     Example: vmae2 bench step --model vit_base --batch 2 --json
+    Example: vmae2 bench memory
     """
     result, table = suite.run()
     print(table)
