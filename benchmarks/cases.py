@@ -31,6 +31,7 @@ from vmae2_fast.ops.attention import attention as our_attention
 from vmae2_fast.ops.decoder_tokens import decoder_tokens as our_decoder_tokens
 from vmae2_fast.ops.masks import dual_mask as our_dual_mask
 from vmae2_fast.ops.masks import mask_sizes, masks_from_rng
+from vmae2_fast.ops.norm import residual_norm as our_residual_norm
 from vmae2_fast.ops.patches import gather_patches as our_gather_patches
 from vmae2_fast.ops.patches import scatter_patches as our_scatter_patches
 from vmae2_fast.ops.reconstruction import reconstruction_loss as our_reconstruction_loss
@@ -152,6 +153,13 @@ class Batch:
         token = self.random(1, 1, width).detach().float().requires_grad_()
         table = baselines.sinusoid(self.spec.tokens, width).to(self.device)
         return self.random(*self.mask.visible_index.shape, width), token, table
+
+    @functools.cached_property
+    def stream(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Residual stream and branch [B, V, width] of the encoder, weight and bias of its norm (fp32 parameters)."""
+        shape = (*self.mask.visible_index.shape, self.spec.encoder.width)
+        norm = (torch.ones(shape[2:], device=self.device), torch.zeros(shape[2:], device=self.device))
+        return self.random(*shape), self.random(*shape), norm[0].requires_grad_(), norm[1].requires_grad_()
 
     def _qkv(self, stack: StackSpec | None, tokens: int) -> Tensor:
         assert stack is not None
@@ -372,6 +380,20 @@ def decoder_tokens(x: Batch, compiled: Callable) -> Case:
         bytes=tokens.numel() * x.dtype.itemsize + rows * (4 + 4 * width) + 4 * table.numel(), gradient=lambda b: b.decoder[:2],
         backward_bytes=4 * rows * width + tokens.numel() * x.dtype.itemsize,
         shapes={"visible": list(tokens.shape), "rows": rows},
+    )  # fmt: skip
+
+
+@case("residual_norm", "forward", "forward_backward")
+def residual_norm(x: Batch, compiled: Callable) -> Case:
+    """Residual add and LayerNorm between two half-blocks of the encoder, the stream in the dtype of the branch."""
+    stream, form = x.stream[0], compiled(plain.residual_norm)
+    moved = stream.numel() * stream.dtype.itemsize
+    return Case(
+        ours=lambda b: our_residual_norm(*b.stream[:2], None, None, *b.stream[2:], 1e-6)[1],
+        plain=lambda b: plain.residual_norm(*b.stream)[1],
+        strong={"compiled": lambda b: form(*b.stream)[1]},
+        # Two in and two out; then the gradient and the sum in, one gradient out: it is the branch's too.
+        bytes=4 * moved, gradient=lambda b: b.stream, backward_bytes=3 * moved, shapes={"stream": list(stream.shape)},
     )  # fmt: skip
 
 

@@ -89,6 +89,12 @@ def decoder_tokens(x: Tensor, mask_token: Tensor, positions: Tensor, hidden: Ten
     return torch.cat([x + visible, mask_token + decoded], dim=1)
 
 
+def residual_norm(x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """The sum of a residual stream and a branch [B, N, width], and its LayerNorm in fp32."""
+    x = x + branch
+    return x, F.layer_norm(x.float(), x.shape[-1:], weight, bias, 1e-6).to(x.dtype)
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor, factor: Any = None) -> Tensor:
     """Scores materialised: [B, H, N, D]. `factor`: of the scores, D**-0.5 on q when None."""
     scores = q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1) if factor is None else q @ k.transpose(-2, -1) * factor

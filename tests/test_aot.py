@@ -32,6 +32,8 @@ WIDE = [
     (r"reconstruction_loss .*/gradient_kernel", 128, 128),
     (r"decoder_tokens .*/assemble_kernel", 128, 128),
     (r"decoder_tokens_backward .*/column_sum_kernel 1", 128, 32),
+    (r"residual_norm ", 128, 128),
+    (r"residual_norm_backward ", 128, 128),
 ]
 
 
@@ -60,7 +62,8 @@ def compiled(pytestconfig: pytest.Config) -> list[dict]:
 
 def test_every_module_of_kernels_is_compiled(compiled: list[dict]) -> None:
     names = {k["name"].split()[0].split("/")[0] for k in compiled}
-    assert {"dual_mask", "gather_patches", "scatter_patches", "reconstruction_loss", "decoder_tokens"} <= names
+    patches = {"gather_patches", "scatter_patches", "reconstruction_loss"}
+    assert {"dual_mask", *patches, "decoder_tokens", "residual_norm", "residual_norm_backward"} <= names
     assert {k["arch"] for k in compiled} == set(ARCHS)
     assert len({(k["name"], k["arch"]) for k in compiled}) == len(compiled)
 

@@ -15,7 +15,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -249,11 +249,17 @@ def ledger(
     size: int = 224,
     num_classes: int = 0,
     views: int = 1,
+    precision: Literal["float32", "bfloat16"] = "bfloat16",
+    residual_dtype: Literal["float32", "bfloat16"] = "float32",
+    activation_checkpoint: Literal["none", "mlp", "block"] = "none",
+    layer_scale: float = 0.0,
+    drop_path: float = 0.0,
     mask: MaskConfig = _DUAL,
 ) -> dict[str, Any]:
     """Print a model's parameters, tokens, multiply-accumulates and bytes before anything runs.
 
     Example: vmae2 ledger pretrain_videomae_giant_patch14_224
+    Example: vmae2 ledger vit_giant_patch14_224 --num-classes 710 --residual-dtype bfloat16
 
     Args:
         model: official name.
@@ -261,12 +267,21 @@ def ledger(
         size: height and width in pixels.
         num_classes: classes of the head.
         views: clips of one multi-view test.
+        precision: autocast dtype of a step.
+        residual_dtype: of the residual stream.
+        activation_checkpoint: what is recomputed in the backward.
+        layer_scale: initial value of the branch scales; above 0 a block keeps its branches.
+        drop_path: of the last block.
         mask: dual masking of pre-training models.
     """
     from .train.ledger import ledger as account
     from .train.ledger import table
 
-    result = account(ModelConfig(name=model, frames=frames, size=size, num_classes=num_classes), mask, views=views)
+    config = ModelConfig(
+        name=model, frames=frames, size=size, num_classes=num_classes, residual_dtype=residual_dtype,
+        activation_checkpoint=activation_checkpoint, layer_scale=layer_scale, drop_path=drop_path,
+    )  # fmt: skip
+    result = account(config, mask, precision=precision, views=views)
     print(table(result))
     return result
 
@@ -310,10 +325,11 @@ def report(out: tyro.conf.Positional[str] = "runs/demo") -> dict[str, Any]:
 
 
 def bench(suite: tyro.conf.OmitSubcommandPrefixes[tyro.conf.OmitArgPrefixes[options.Suite]]) -> dict[str, Any]:
-    """Time ours beside the honest alternatives, in turns: single ops, or whole pre-training steps.
+    """Measure ours beside the honest alternatives: single ops or whole pre-training steps in turns, or the bytes a step keeps.
 
     Example: vmae2 bench ops --only gather_vit_b masks
     Example: vmae2 bench step --model vit_base --batch 2 --json
+    Example: vmae2 bench memory
     """
     result, table = suite.run()
     print(table)

@@ -64,6 +64,10 @@ class ModelConfig:
     pooling: Literal["mean", "first"] = "mean"
     """Mean over tokens then fc_norm (the official default), or the final norm's first token."""
     drop_path: float = 0.0
+    """Stochastic depth: probability with which the last block drops a branch of a sample; it grows linearly from 0."""
+    drop_path_skip: bool = False
+    """Leave dropped samples out of a branch's work, instead of multiplying what they give by 0. Shapes then vary from step to
+    step, which no CUDA graph can hold."""
     head_dropout: float = 0.0
     head_init_scale: float = 0.001
     init_std: float = 0.02
@@ -251,6 +255,10 @@ class TrainConfig:
     """Clips of one forward; None: all of them at once. Must divide the global batch."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """bfloat16: autocast."""
+    compile: Literal["none", "blocks", "model"] = "none"
+    """What torch.compile gets: every transformer block by itself (fast to compile), or the whole model."""
+    cuda_graph: bool = False
+    """Replay forward and backward of a micro-batch as one CUDA graph; needs a GPU. See `train.execution`."""
     threads: int | None = None
     """CPU threads of a step; None: torch's own choice. Models of demo size are faster on one than on two."""
     loss_denominator: Literal["code", "paper"] = "code"
@@ -291,6 +299,11 @@ class RunConfig:
         if train.micro_batch is not None:
             divisible("train.global_batch", train.global_batch, "train.micro_batch", train.micro_batch)
             divisible("train.micro_batch", train.micro_batch, "data.views", self.data.views)
+        require(
+            not (train.cuda_graph and self.model.drop_path_skip),
+            "train.cuda_graph and model.drop_path_skip exclude each other: a graph has fixed shapes, and skipping dropped "
+            "samples changes them from step to step; turn one of them off",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

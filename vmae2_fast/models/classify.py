@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from ..config import ModelConfig
+from ..ops._half_block import statistics_dtype
+from ..ops.drop_path import kept_samples
 from .positions import PositionTable
 from .sizes import output_norm_eps, resolve
 from .vit import Linear, PatchEmbed, Pending, add, fold, initialise, make_blocks, set_norm_eps, stack, stream
@@ -57,22 +59,33 @@ class VisionTransformer(nn.Module):
         """Compute all norms with another epsilon; `output`: that of `fc_norm` (None: the same)."""
         set_norm_eps(self, getattr(self, "fc_norm", None), norm_eps, output)
 
-    def tokens(self, clip: Tensor, rows: slice | None = None) -> Tensor:
+    def draw_kept(self, position: Tensor, view: Tensor, seed: int) -> list[Tensor]:
+        """The samples that run each branch of each block, for `drop_path_skip`: see `ops.drop_path.kept_samples`."""
+        probabilities = [float(block.drop_path) for block in self.blocks for _ in range(2)]  # type: ignore[arg-type]
+        return kept_samples(position, view, seed=seed, probabilities=probabilities)
+
+    def tokens(self, clip: Tensor, rows: slice | None = None, kept: Sequence[Tensor] | None = None) -> Tensor:
         """Tokens [B, N, width] behind the last block, before any norm (or only `rows` of them).
 
-        clip: uint8 [B, T, H, W, C] or normalised float [B, C, T, H, W]."""
-        return add(*self._stack(clip, rows))
+        clip: uint8 [B, T, H, W, C] or normalised float [B, C, T, H, W]. kept: as in `forward`."""
+        return add(*self._stack(clip, rows, kept))
 
-    def _stack(self, clip: Tensor, rows: slice | None) -> tuple[Tensor, Pending]:
+    def _stack(
+        self, clip: Tensor, rows: slice | None, kept: Sequence[Tensor] | None
+    ) -> tuple[Tensor, Pending | None]:
         position = self.pos_embed if self.config.learnable_positions else self.positions()
-        return stack(self.blocks, stream(self.patch_embed(clip) + position, self.config), rows)
+        return stack(self.blocks, stream(self.patch_embed(clip) + position, self.config), rows, kept)
 
-    def forward_features(self, clip: Tensor) -> Tensor:
-        """Pooled features [B, width]."""
+    def forward_features(self, clip: Tensor, kept: Sequence[Tensor] | None = None) -> Tensor:
+        """Pooled features [B, width]. kept: as in `forward`."""
         if self.config.pooling == "mean":
-            return self.fc_norm(self.tokens(clip).mean(1))
-        return fold(*self._stack(clip, slice(0, 1)), self.norm)[:, 0]
+            tokens = self.tokens(clip, kept=kept)
+            return self.fc_norm(tokens.mean(1, dtype=statistics_dtype(tokens.dtype)))
+        return fold(*self._stack(clip, slice(0, 1), kept), self.norm)[:, 0]
 
-    def forward(self, clip: Tensor) -> Tensor:
-        """Class scores [B, num_classes], before softmax; [B, width] features if the model has no classes."""
-        return self.head(self.head_dropout(self.forward_features(clip)))
+    def forward(self, clip: Tensor, kept: Sequence[Tensor] | None = None) -> Tensor:
+        """Class scores [B, num_classes], before softmax; [B, width] features if the model has no classes.
+
+        kept: what `draw_kept` gave for these clips; while training with `drop_path_skip`, None draws it from torch's CPU
+        generator. Otherwise it is not looked at."""
+        return self.head(self.head_dropout(self.forward_features(clip, kept)))

@@ -119,5 +119,5 @@ class PretrainViT(nn.Module):
         visible = self.encoder_to_decoder(self.encode(clip, mask.visible_index))
         sequence = decoder_tokens(visible, self.mask_token, self.decoder_positions(), mask.visible_index, mask.decode_index)
         first = mask.visible_index.shape[1]
-        rows: Tensor | slice = mask.loss_slot + first if tokens == "loss" else slice(first, None)
+        rows: Tensor | slice = mask.loss_slot.long() + first if tokens == "loss" else slice(first, None)
         return self.decoder(sequence, rows)

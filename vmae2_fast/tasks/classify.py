@@ -35,7 +35,7 @@ class ClassifyTask(Task[ClassifyConfig]):
         clip = mix_clips(batch.clip.to(self.device, non_blocking=True), mix)
         target = mix_targets(smooth_targets(label, classes, config.label_smoothing), mix)
         with self.autocast():
-            logits = self.model(clip).float()
+            logits = self.model(clip, kept_branches(self, batch)).float()
         total = F.cross_entropy(logits, target, reduction="sum")
         # of mixed clips: how often the larger share was named
         return {"loss_sum": total, "top1": (logits.detach().argmax(-1) == target.argmax(-1)).sum()}
@@ -62,6 +62,14 @@ def build_classifier(config: ModelConfig, run: str) -> VisionTransformer:
     if not isinstance(model, VisionTransformer):
         raise ValueError(f"{run}: classification needs a vit_* model, got model.name={config.name}")
     return model
+
+
+def kept_branches(task: Task[Any], batch: Batch) -> list[Tensor] | None:
+    """The samples that run each branch of `task.model`, where its drop path skips the others."""
+    if not task.config.model.drop_path_skip:
+        return None
+    model: VisionTransformer = task.model  # type: ignore[assignment]
+    return model.draw_kept(batch.position, batch.view, task.config.seed)
 
 
 def logits_of(task: Task[Any], model: nn.Module, clip: Tensor) -> np.ndarray:

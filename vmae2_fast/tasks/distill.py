@@ -18,7 +18,7 @@ from ..data.augment import mix_clips, mix_targets, plan_mix, smooth_targets
 from ..data.loader import Batch, VideoViews
 from ..models.weights import load_weights
 from .base import Task, class_labels, view_batches
-from .classify import build_classifier, logits_of, view_rows
+from .classify import build_classifier, kept_branches, logits_of, view_rows
 from .metrics.classification import classification_metrics, merge_views
 
 
@@ -65,7 +65,7 @@ class DistillTask(Task[DistillConfig]):
         with self.autocast():
             with torch.no_grad():
                 target = self.teacher(clip).float()
-            logits = self.model(clip).float()
+            logits = self.model(clip, kept_branches(self, batch)).float()
         total = distillation_loss(logits, target, self.config.temperature)
         if self.config.label_weight > 0:
             classes = self.config.model.num_classes

@@ -28,6 +28,7 @@ from ..data.manifest import open_sources
 from ..models.weights import load_weights, save_weights
 from ..tasks import Task, create_task
 from .checkpoint import load_checkpoint, newest_intact, save_checkpoint
+from .execution import Eager, Graphed, compile_model
 from .log import MetricsLog, progress
 from .optim import Optimizer
 from .run_directory import START_OVER, RunDirectory
@@ -96,6 +97,8 @@ class Trainer:
         if config.init and checkpoint is None:
             print(load_weights(self.task.model, config.init), file=sys.stderr)
         train = config.train
+        self.forward_backward = Graphed(self.task) if train.cuda_graph else Eager(self.task)
+        compile_model(self.task.model, train.compile)
         self.micro_batch = train.micro_batch or train.global_batch
         self.decodes = train.global_batch // config.data.views
         self.loader = VideoLoader(
@@ -160,7 +163,7 @@ class Trainer:
     def _step(self, batches: Iterator[Batch]) -> None:
         state, clips = self.progress, self.config.train.global_batch
         self.optimizer.zero_grad()
-        sums, replaced = accumulate(self.task, batches, clips // self.micro_batch, clips)
+        sums, replaced = accumulate(self.task, batches, clips // self.micro_batch, clips, self.forward_backward)
         sums["grad_norm"], sums["skipped"] = self.optimizer.step(state.step, sums["loss"])
         self.pending.append(sums)
         state.replaced = dict(Counter(state.replaced) + Counter(replaced))
@@ -261,28 +264,26 @@ class Trainer:
 
 
 def accumulate(
-    task: Task[Any], batches: Iterator[Batch], micro_batches: int, clips: int
+    task: Task[Any], batches: Iterator[Batch], micro_batches: int, clips: int, forward_backward: Eager | None = None
 ) -> tuple[dict[str, Tensor], list[str]]:
     """Gradients of one global batch of `clips` clips, taken from `micro_batches` batches.
 
     Every micro-batch's loss sum is divided by the count of the *whole* global batch before its backward, so gradients
     add up to those of one big batch whatever the split. Where the count depends on the masks, the micro-batches are
-    held (uint8, on the host) until it is known. Returns ({"loss" and the task's sums}, paths that were replaced).
+    held (uint8, on the host) until it is known. `forward_backward`: how each is run (None: eagerly).
+    Returns ({"loss" and the task's sums}, paths that were replaced).
     """
     total: float | Tensor | None = task.static_count(clips)
     if total is None:
         held = [next(batches) for _ in range(micro_batches)]
         total, batches = task.count(held), iter(held)
+    forward_backward = forward_backward or Eager(task)
     sums: dict[str, Tensor] = {}
     replaced: list[str] = []
     for _ in range(micro_batches):
         batch = next(batches)
         replaced += [failure.path for failure in batch.replaced]
-        out = task.loss(batch)
-        loss = out.pop("loss_sum") / total
-        loss.backward()
-        out["loss"] = loss.detach()
-        for name, value in out.items():
+        for name, value in forward_backward(batch, total).items():
             sums[name] = sums[name] + value if name in sums else value
     return sums, replaced
 
