@@ -9,11 +9,10 @@ of these is in the `LoadReport`. Anything else is a surprise and raises before a
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -26,12 +25,12 @@ from torch import Tensor, nn
 from ..config import to_dict
 from .classify import VisionTransformer
 from .formats import Checkpoint, read_checkpoint
+from .kinetics import MERGED, PARTS, label_map
 from .positions import resize_table
 from .pretrain import PretrainViT
 from .sizes import NATIVE_FRAMES
 
 PRETRAIN_ONLY = ("decoder.", "mask_token", "encoder_to_decoder.")
-KINETICS = (400, 600, 700)
 Model = PretrainViT | VisionTransformer
 
 
@@ -163,7 +162,7 @@ def _plan_head(plan: _Plan, state: dict[str, tuple[str, Tensor]], wanted: Mappin
             raise ValueError(f"head: needs {wants} row numbers below {has}, got {len(rows)} in {span}")
     elif head == "auto" and has == wants:
         return
-    elif head == "auto" and has == 710 and wants in KINETICS:
+    elif head == "auto" and has == MERGED and wants in PARTS:
         rows = label_map(wants)
     for key in ("head.weight", "head.bias"):
         if key in state and rows is not None:
@@ -172,14 +171,6 @@ def _plan_head(plan: _Plan, state: dict[str, tuple[str, Tensor]], wanted: Mappin
         elif key in state:
             plan.dropped.append(state.pop(key)[0])
     plan.notes.append(f"head: {has} classes dropped" if rows is None else f"head: {has} classes converted to {wants}")
-
-
-@functools.cache
-def label_map(classes: int) -> tuple[int, ...]:
-    """For each of K400's, K600's or K700's classes, its index among K710's. Raises ValueError for another number."""
-    if classes not in KINETICS:
-        raise ValueError(f"there are K710 maps for {', '.join(map(str, KINETICS))} classes, not {classes}")
-    return tuple(json.loads((Path(__file__).parent / "label_maps" / f"k710_to_k{classes}.json").read_text()))
 
 
 def _plan_positions(
@@ -236,12 +227,13 @@ def _write_safetensors(state: Mapping[str, Tensor], path: Path, header: dict[str
         seen.add(value.data_ptr())
         tensors[key] = value
     try:
-        _replace(path, lambda temporary: save_file(tensors, temporary, header))
+        write_whole(path, lambda temporary: save_file(tensors, temporary, header))
     except SafetensorError as error:
         raise OSError(f"{path}: cannot be written: {error}") from error
 
 
-def _replace(path: Path, write: Any) -> None:
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write(temporary)` make a file that then takes the place of `path`: the old content or the new, never a part."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary)
@@ -265,7 +257,7 @@ def convert_weights(source: str | Path, target: str | Path) -> dict[str, Any]:
     if target.suffix == ".safetensors":
         _write_safetensors(checkpoint.state, target, {"format": "pt", **checkpoint.metadata})
     else:
-        _replace(target, lambda temporary: torch.save({"model": checkpoint.state}, temporary))
+        write_whole(target, lambda temporary: torch.save({"model": checkpoint.state}, temporary))
     tensors = checkpoint.state.values()
     dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors})
     return {
