@@ -235,7 +235,7 @@ def test_a_damaged_part_is_named(weights, clips, tmp_path):
         ([], "nothing to test on: give --set NAME, or --data FOLDER"),
         (["--data", "{clips}", "--list", "missing.csv"], "missing.csv: cannot read the list"),
         (["--data", "{clips}", "--list", "{tmp}/wrong.csv"], "has label 2, but the model has classes 0..1"),
-        (["--data", "{clips}", "--label-map", "k400"], "label map k400 takes the 710 classes of Kinetics-710, the model has 2"),
+        (["--data", "{clips}", "--label-map", "k400"], "k400 takes the 710 classes of Kinetics-710, the model has 2"),
         (["--data", "{clips}", "--label-map", "{tmp}/wrong.csv"], "neither one of k400, k600, k700 nor a readable JSON list"),
         (["--data", "{clips}", "--label-map", "{tmp}/far.json"], "entry 1 is 2, the model has classes 0..1"),
         (["--data", "{clips}", "--label-map", "{tmp}/twice.json"], "class 1 of the model stands for two classes"),

@@ -133,7 +133,7 @@ def evaluate(
     left = [number for number in range(share.rank, videos, share.world) if number not in done]
     loader = EvaluationLoader(data, **cut, quarantine=quarantine, only=left)
     with loader:
-        dtype = autocast_dtype(precision, device.type)
+        dtype = autocast_dtype(precision, device.type, "precision")
         for rows, paths in _predictions(model, loader, views, device, dtype, label_map):
             store.append(rows, paths, share.rank)
     _wait(share)

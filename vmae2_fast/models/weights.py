@@ -112,20 +112,26 @@ def _plan(model: Model, checkpoint: Checkpoint, head: Any, checkpoint_grid: tupl
     if isinstance(model, VisionTransformer):
         pretrained = any(key.startswith((*PRETRAIN_ONLY, "encoder.")) for key in state)
         state = {key.removeprefix("encoder."): item for key, item in state.items()}
-        unused = (*PRETRAIN_ONLY, "norm.") if pretrained and model.config.pooling == "mean" else PRETRAIN_ONLY
+        unused = (*PRETRAIN_ONLY, "norm.") if pretrained and model.config.pooling != "first" else PRETRAIN_ONLY
         for key in [k for k in state if k.startswith(unused)]:
             plan.dropped.append(state.pop(key)[0])
         has_head = "head.weight" in state
         if has_head:
             _plan_head(plan, state, wanted, head)
-        allowed = ("head.", "fc_norm.") if pretrained or not has_head else ("head.",)
+        allowed = ("head.", "fc_norm.", "pool.") if pretrained or not has_head else ("head.", "pool.")
         plan.initialised += [k for k in wanted if k.startswith(allowed) and k not in state and k not in plan.values]
         if "pos_embed" in state and "pos_embed" in wanted:
             _plan_positions(plan, state, model, checkpoint, checkpoint_grid)
         elif "pos_embed" in state:
             hints.append("the checkpoint has a trained pos_embed: build the model with learnable_positions=True")
+        if model.config.pooling != "attentive" and any(key.startswith("pool.") for key in state):
+            hints.append('the checkpoint has an attentive head: build the model with pooling="attentive"')
         if ("fc_norm.weight" if model.config.pooling == "first" else "norm.weight") in state:
             hints.append(f'the checkpoint pools otherwise than pooling="{model.config.pooling}"')
+    elif model.config.decoder_outputs is not None and _other_target(state, wanted):
+        plan.dropped += [state.pop(key)[0] for key in _DECODER_HEAD]
+        plan.initialised += _DECODER_HEAD
+        plan.notes.append("decoder.head: that of another target dropped")
     elif "encoder.norm.weight" not in state and checkpoint.facts.get("hugging_face"):
         hints.append("use_mean_pooling=True leaves out the encoder's final norm; save it with use_mean_pooling=False")
     elif not any(key.startswith("decoder.") for key in state):
@@ -149,6 +155,13 @@ def _plan(model: Model, checkpoint: Checkpoint, head: Any, checkpoint_grid: tupl
     if faults:
         raise ValueError(f"{checkpoint.path} does not fit {model.config.name}: {'; '.join([*faults, *hints])}")
     return plan
+
+
+_DECODER_HEAD = ("decoder.head.weight", "decoder.head.bias")
+
+
+def _other_target(state: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
+    return all(key in state and state[key][1].shape != wanted[key] for key in _DECODER_HEAD)
 
 
 def _plan_head(plan: _Plan, state: dict[str, tuple[str, Tensor]], wanted: Mapping[str, Any], head: Any) -> None:
