@@ -12,7 +12,9 @@ from typing import Any, Literal
 
 import tyro
 
-from .config import ClassifyConfig, DataConfig, DistillConfig, SourceConfig, Stage, ViewsConfig
+from .config import ClassifyConfig, DataConfig, DistillConfig, ExtractConfig, SourceConfig, Stage, ViewsConfig
+
+_EXTRACT = ExtractConfig()
 
 
 def eval(
@@ -191,6 +193,86 @@ def classify(
     return results
 
 
+def extract(
+    videos: tyro.conf.Positional[tuple[str, ...]],
+    *,
+    weights: str,
+    out: str,
+    model: str | None = None,
+    features: tyro.conf.OmitArgPrefixes[ExtractConfig] = _EXTRACT,
+    normalize: Literal["imagenet", "none"] = "imagenet",
+    frames: int | None = None,
+    shard: str | None = None,
+) -> dict[str, Any]:
+    """Write features of videos, one file each; those that are there already are left alone.
+
+    Example: vmae2 extract videos/ --weights runs/finetune --out features --step 8
+    Example: vmae2 extract thumos/ --weights vit_g_k710.pth --model vit_giant_patch14_224 --step 4 --resize squash
+    --normalize none --out th14 --shard 1/8
+
+    Args:
+        videos: video files and folders of them.
+        weights: run directory or weights file; with --model also pre-training weights, whose encoder is taken.
+        out: folder of the features, mirroring the folders of the videos.
+        model: official name, where the weights file does not hold it.
+        normalize: what the model is shown: pixels by ImageNet's mean and deviation, or just in [0, 1].
+        frames: frames of a window, where it differs from what the weights say.
+        shard: I/N, the I-th (from 1) of N shares of the videos.
+    """
+    import torch
+
+    from .extraction import extract as run
+    from .extraction import find_videos
+    from .inference import load_model
+
+    if not videos:
+        raise ValueError("extract needs at least one video or folder of videos")
+    share = parse_shard(shard)
+    found = find_videos(videos)
+    changes: dict[str, Any] = {} if frames is None else {"frames": frames}
+    if normalize == "none":
+        changes |= {"pixel_mean": (0.0, 0.0, 0.0), "pixel_std": (1.0, 1.0, 1.0)}
+    loaded = load_model(weights, model, kind="classify", head_needed=False, **changes)
+    loaded.model.to("cuda" if torch.cuda.is_available() else "cpu")
+    where = (share.rank, share.world) if share else (0, 1)
+    result = run(loaded.model, found, out, features, about={"weights": weights, "normalize": normalize}, shard=where)
+    print(
+        f"{out}: {result['written']} files written with {result['rows']} rows of {result['width']}, "
+        f"{result['skipped']} were there, {len(result['failed'])} videos could not be decoded"
+    )
+    for path, reason in result["failed"].items():
+        print(f"  {path}: {reason}")
+    return {"out": out, **result}
+
+
+def export(
+    weights: tyro.conf.Positional[str],
+    target: tyro.conf.Positional[str],
+    *,
+    model: str | None = None,
+    portable: bool = False,
+) -> dict[str, Any]:
+    """Write a classifier as a torch.export program (.pt2) or ONNX (.onnx), checked against the model itself.
+
+    Example: vmae2 export runs/demo/distill student.onnx
+    Example: vmae2 export vit_b_k710.pth student.pt2 --model vit_base_patch16_224 --portable
+
+    Args:
+        weights: run directory or weights file of a classification model, with a head or without.
+        target: the file to write.
+        model: official name, where the weights file does not hold it.
+        portable: a .pt2 without our ops, which runs where vmae2_fast is not installed.
+    """
+    from .export import export_model
+    from .inference import load_model
+
+    loaded = load_model(weights, model, kind="classify", head_needed=False)
+    written = export_model(loaded.model, target, portable=portable, classes=loaded.classes)
+    told = "not run: onnxruntime is missing" if written["max_difference"] is None else f"{written['max_difference']:.1e}"
+    print(f"wrote {target}: {written['bytes'] / 2**20:.1f} MiB, largest relative difference from the model {told}")
+    return written
+
+
 def parse_shard(shard: str | None) -> Any:
     """`I/N`, counted from 1, as a share without a barrier; None as None. Raises ValueError for anything else."""
     from .evaluation import Ranks
@@ -248,4 +330,4 @@ def _views(run: Stage | None, name: str | None) -> ViewsConfig:
     return run.views if isinstance(run, ClassifyConfig | DistillConfig) else ViewsConfig()
 
 
-COMMANDS: Sequence[Any] = (eval, score, classify)
+COMMANDS: Sequence[Any] = (eval, score, classify, extract, export)

@@ -348,6 +348,30 @@ class Progression:
         raise ValueError(unknown("stage", name, [s.name for s in self.stages]))
 
 
+@dataclass(frozen=True, kw_only=True)
+class ExtractConfig:
+    """How features are taken."""
+
+    level: Literal["clip", "frame"] = "clip"
+    stride: int = 1
+    """Frames between two sampled frames."""
+    step: int | None = None
+    """Frames between the starts of two windows; None: a whole window. Clip level only."""
+    resize: Literal["crop", "squash"] = "crop"
+    """The centre square, or the whole frame without its aspect ratio (released features for temporal detection)."""
+    format: Literal["npy", "safetensors"] = "npy"
+    """npy: float32 [N, D]; safetensors: `features` and `frames` int64 [N, 2], first frame and one past the last."""
+    batch: int = 16
+    """Windows of one forward."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+
+    def __post_init__(self) -> None:
+        for name in ("stride", "batch"):
+            require(getattr(self, name) >= 1, f"extract: {name}={getattr(self, name)} must be at least 1")
+        require(self.step is None or self.step >= 1, f"extract: step={self.step} must be at least 1")
+        require(self.level == "clip" or self.step is None, "extract: step is for clip level; frames follow one another")
+
+
 KINDS: dict[str, type] = {c.__name__: c for c in (PretrainConfig, ClassifyConfig, DistillConfig, Progression)}
 
 
