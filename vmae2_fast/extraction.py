@@ -26,6 +26,7 @@ from tqdm import tqdm
 from .config import ExtractConfig, require, to_dict
 from .data.decode import VIDEO_SUFFIXES, DecodeError, probe, stream_video
 from .data.plan import test_windows
+from .data.sampling import tad_window_starts
 from .models import VisionTransformer
 from .models.weights import write_whole
 from .ops.resize import Window, resize_crop
@@ -61,7 +62,7 @@ def windows(num_frames: int, frames: int, config: ExtractConfig) -> np.ndarray:
     behind the other up to the end."""
     span = frames * config.stride
     if config.level == "clip":
-        starts = np.arange(0, max(num_frames - span, 0) + 1, config.step or span)
+        starts = tad_window_starts(max(num_frames, span), config.step or span, span)
     else:
         starts = np.arange(0, num_frames, span)
     return np.minimum(starts[:, None] + config.stride * np.arange(frames), num_frames - 1)
@@ -94,7 +95,7 @@ def extract_video(model: VisionTransformer, path: str | Path, config: ExtractCon
     if config.level == "clip":
         return features, np.stack((wanted[:, 0], wanted[:, -1] + 1), axis=1)
     seen = wanted.reshape(-1, spec.tubelet)
-    real = np.append(True, seen[1:, 0] > seen[:-1, 0])  # a padded tubelet begins where the one before it did
+    real = spec.tubelet * config.stride * np.arange(len(seen)) < wanted[-1, -1] + 1  # the others would begin past the end
     return features[real], np.stack((seen[:, 0], seen[:, -1] + 1), axis=1)[real]
 
 
@@ -159,19 +160,21 @@ def extract(
             result["failed"][error.path] = error.reason
             continue
         target.parent.mkdir(parents=True, exist_ok=True)
-        if config.format == "npy":
-            write_whole(target, lambda path, rows=features: _save_npy(path, rows))  # type: ignore[misc]
-        else:
-            tensors = {"features": features, "frames": frames}
-            write_whole(target, lambda path, t=tensors: save_file(t, path, {"video": str(videos[name])}))  # type: ignore[misc]
+        _write(target, features, frames, videos[name])
         result["written"] += 1
         result["rows"] += len(features)
     return result
 
 
-def _save_npy(path: Path, rows: np.ndarray) -> None:
-    with open(path, "wb") as file:  # given a name, numpy would add a suffix of its own
-        np.save(file, rows, allow_pickle=False)
+def _write(target: Path, features: np.ndarray, frames: np.ndarray, video: Path) -> None:
+    def npy(path: Path) -> None:
+        with open(path, "wb") as file:  # given a name, numpy would add a suffix of its own
+            np.save(file, features, allow_pickle=False)
+
+    def safetensors(path: Path) -> None:
+        save_file({"features": features, "frames": frames}, path, {"video": str(video)})
+
+    write_whole(target, npy if target.suffix == ".npy" else safetensors)
 
 
 def _open(out: Path, header: dict[str, Any]) -> None:
