@@ -143,6 +143,12 @@ def test_a_teacher_without_weights_is_an_error(tmp_path):
         _task(tmp_path, None)
 
 
+def test_a_teacher_of_other_classes_is_an_error_not_a_random_head(tmp_path):
+    save_weights(build_model(dataclasses.replace(tiny.CLASSIFY_MODEL, num_classes=5)), tmp_path / "five.safetensors")
+    with pytest.raises(ValueError, match=r"has no head for teacher.num_classes=2 \(head: 5 classes dropped\)"):
+        _task(tmp_path, str(tmp_path / "five.safetensors"))
+
+
 def test_a_random_teacher_on_request_is_that_of_the_seed(tmp_path):
     ours, again = (_task(tmp_path, "random").teacher.state_dict() for _ in range(2))
     assert all(torch.equal(ours[n], again[n]) for n in ours)

@@ -56,7 +56,8 @@ class Task(Generic[Config]):
         return False
 
     def check_labels(self, sources: Iterable[Source]) -> None:
-        """Raises ValueError naming the first clip whose label is missing or out of range, before anything is trained."""
+        """Raises ValueError naming the first clip whose label is missing or out of range, or a source with another number of
+        classes than the model, before anything is trained."""
         if not self.needs_labels():
             return
         classes = self.config.model.num_classes
@@ -64,6 +65,10 @@ class Task(Generic[Config]):
             labels = source.manifest.labels
             for index in ((labels < 0) | (labels >= classes)).nonzero()[0][:1]:
                 class_labels(torch.tensor(labels[index : index + 1]), [source.path(source.manifest[int(index)])], classes)
+            if source.classes is not None and source.classes != classes:
+                raise ValueError(
+                    f"{self.config.name}: source {source.name} has {source.classes} classes, model.num_classes is {classes}"
+                )
 
     def static_count(self, clips: int) -> float | None:
         """What the loss sum of `clips` clips is divided by, or None where it depends on the batch (see `count`)."""

@@ -101,7 +101,13 @@ class DistillTask(Task[DistillConfig]):
         self.model = student.to(self.device)
         self.teacher = build_classifier(config.teacher, config.name, head=not self.features).to(self.device)
         if config.teacher_weights != "random":
-            load_weights(self.teacher, config.teacher_weights)
+            report = load_weights(self.teacher, config.teacher_weights)
+            if not self.features and any(key.startswith("head.") for key in report.initialised):
+                notes = f" ({'; '.join(report.notes)})" if report.notes else ""
+                raise ValueError(
+                    f"{config.name}: {report.source} has no head for teacher.num_classes={config.teacher.num_classes}{notes}; "
+                    "a teacher must be fine-tuned on the student's classes"
+                )
         self.teacher.eval().requires_grad_(False)
         self.teacher_dtype = autocast_dtype(config.teacher_precision, self.device.type, "teacher_precision")
         self.cache = self._open_cache() if config.teacher_cache else None

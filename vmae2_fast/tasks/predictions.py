@@ -79,7 +79,7 @@ class PredictionStore:
 
     def finished(self) -> set[int]:
         """Numbers of the videos whose views are saved."""
-        return {int(v) for part in self.parts() for v in np.unique(_read(part)[0]["video"])}
+        return {int(v) for part in self.parts() for v in np.unique(_read(part, ("video",))[0]["video"])}
 
     def append(self, predictions: Predictions, paths: dict[int, str], rank: int = 0) -> None:
         """Save the views of some videos: all of a video's in one call."""
@@ -101,10 +101,10 @@ class PredictionStore:
         return Saved(Predictions(*columns), {int(k): v for _, paths in parts for k, v in paths.items()})
 
 
-def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+def _read(path: Path, columns: Sequence[str] = _COLUMNS) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     try:
         with safe_open(path, framework="np") as file:
-            tensors = {name: file.get_tensor(name) for name in _COLUMNS}
+            tensors = {name: file.get_tensor(name) for name in columns}
             return tensors, json.loads((file.metadata() or {})["paths"])
     except (SafetensorError, OSError, ValueError, KeyError) as error:
         raise ValueError(f"{path}: damaged ({error}); delete it and run `vmae2 eval` again to fill the gap") from error

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 Array = NDArray[np.float64]
+_VIDEOS_AT_ONCE = 1024
 
 
 def softmax(logits: ArrayLike) -> Array:
@@ -80,10 +81,13 @@ def merge_predictions(predictions: Predictions, *, scores: str = "softmax") -> M
         raise ValueError("no views to merge: the validation set gave no decodable video")
     keys = np.stack((predictions.video, predictions.chunk, predictions.split), axis=1)
     _, first = np.unique(keys, axis=0, return_index=True)  # sorted by video, chunk, split; the first row of each
-    rows = predictions.logits[first]
-    values = softmax(rows) if scores == "softmax" else np.asarray(rows, dtype=np.float64)
     videos, begin, count = np.unique(predictions.video[first], return_index=True, return_counts=True)
-    mean = np.add.reduceat(values, begin, axis=0) / count[:, None]
+    mean = np.empty((len(videos), predictions.logits.shape[1]))
+    for start in range(0, len(videos), _VIDEOS_AT_ONCE):  # in float64 the logits of a large set would be many gigabytes
+        part = slice(start, start + _VIDEOS_AT_ONCE)
+        rows = predictions.logits[first[begin[start] : begin[part][-1] + count[part][-1]]]
+        values = softmax(rows) if scores == "softmax" else np.asarray(rows, dtype=np.float64)
+        mean[part] = np.add.reduceat(values, begin[part] - begin[start], axis=0) / count[part, None]
     return Merged(videos.tolist(), mean, predictions.label[first][begin])
 
 
