@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import ClassifyConfig, ModelConfig
@@ -17,7 +18,7 @@ from .metrics.classification import View, classification_metrics, merge_views
 
 
 class ClassifyTask(Task[ClassifyConfig]):
-    """Cross-entropy with smoothed or mixed labels over `model.num_classes` classes."""
+    """Cross-entropy with label smoothing over `model.num_classes` classes."""
 
     def __init__(self, config: ClassifyConfig, device: torch.device | str = "cpu") -> None:
         super().__init__(config, device)
@@ -29,12 +30,10 @@ class ClassifyTask(Task[ClassifyConfig]):
         return True
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
-        classes = self.config.model.num_classes
-        label = class_labels(batch.label, batch.paths, classes).to(self.device, non_blocking=True)
+        label = class_labels(batch.label, batch.paths, self.config.model.num_classes).to(self.device, non_blocking=True)
         with self.autocast():
             logits = self.model(batch.clip.to(self.device, non_blocking=True)).float()
-        target = smooth_labels(label, classes, self.config.label_smoothing)
-        total = soft_target_loss(logits, target)
+        total = F.cross_entropy(logits, label, label_smoothing=self.config.label_smoothing, reduction="sum")
         return {"loss_sum": total, "top1": (logits.detach().argmax(-1) == label).sum()}
 
     @torch.no_grad()
@@ -49,20 +48,6 @@ class ClassifyTask(Task[ClassifyConfig]):
             merged += view_rows(batch, logits_of(self, self.model, clip))
         result = merge_views(merged)
         return classification_metrics(result.scores, result.labels)
-
-
-def smooth_labels(label: Tensor, classes: int, smoothing: float = 0.0) -> Tensor:
-    """Targets fp32 [B, classes] of labels int64 [B]: (1 - smoothing) on the label plus smoothing / classes everywhere."""
-    target = torch.full((len(label), classes), smoothing / classes, device=label.device)
-    return target.scatter_add_(1, label[:, None], torch.full((len(label), 1), 1 - smoothing, device=label.device))
-
-
-def soft_target_loss(logits: Tensor, target: Tensor) -> Tensor:
-    """Sum over the batch of -sum_c target_c log softmax(logits)_c, fp32: logits and target [B, C].
-
-    With `smooth_labels` it is cross-entropy with label smoothing, with mixed targets the official soft-target loss.
-    """
-    return -(target * logits.float().log_softmax(-1)).sum()
 
 
 def build_classifier(config: ModelConfig, run: str, *, head: bool = True) -> VisionTransformer:
