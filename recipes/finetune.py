@@ -195,7 +195,7 @@ def vit_base_ssv2() -> ClassifyConfig:
 
 
 def folder(
-    data: str,
+    data: str | None = None,
     size: Literal["small", "base", "large", "huge", "giant"] = "base",
     probe: Literal["none", "linear", "attentive"] = "none",
     classes: int | None = None,
@@ -203,10 +203,11 @@ def folder(
     """Your own videos on one card of 24 GB: a folder tree `DATA[/train, /val]/LABEL/*.mp4`, start weights by --init.
 
     probe: train only a linear or an attentive head on a trunk that stands still, which is the better choice below some
-    tens of clips a class and fits any model. classes: default the folders found. Values are those of few epochs on a
-    pre-trained or K710 model; ViT-H and -g recompute activations.
+    tens of clips a class and fits any model. classes: default the folders found; must be given where the videos are not a
+    tree but the table `folder` of datasets.toml (no --data). Values are those of few epochs on a pre-trained or K710
+    model; ViT-H and -g recompute activations.
     """
-    names, split = _tree(data)
+    names, split = _tree(data) if data is not None else ((), "val")
     frozen = probe != "none"
     decay = {"small": 0.7, "base": 0.75, "large": 0.75, "huge": 0.8, "giant": 0.9}[size]
     train = _source(data, "train")
@@ -241,7 +242,7 @@ def _tree(data: str) -> tuple[tuple[str, ...], str]:
     return names, "val" if top != data else "train"
 
 
-def _source(data: str, split: str) -> DataConfig:
+def _source(data: str | None, split: str) -> DataConfig:
     return DataConfig(sources=(SourceConfig(name="folder", split=split, root=data),), sampling="dense", crop="center")
 
 

@@ -273,6 +273,31 @@ def export(
     return written
 
 
+def study(
+    name: tyro.conf.Positional[Literal["progressive", "masking", "scaling"]],
+    *,
+    out: str | None = None,
+    seeds: tuple[int, ...] = (0, 1, 2),
+    short: bool = False,
+) -> dict[str, Any]:
+    """Show a claim of the paper at toy size: several seeds, means and spread as a table and a picture.
+
+    Example: vmae2 study progressive --out docs/studies/progressive
+
+    Args:
+        name: progressive training, decoder masks, or width against pre-training set.
+        out: folder of table.json, table.md, table.png and the runs; default runs/study_NAME.
+        seeds: of data and models.
+        short: seconds instead of minutes, to see it run; the figures then mean nothing.
+    """
+    from .studies import markdown
+    from .studies import study as run
+
+    table = run(name, out or f"runs/study_{name}", seeds=seeds, short=short)
+    print(markdown(table))
+    return table
+
+
 def parse_shard(shard: str | None) -> Any:
     """`I/N`, counted from 1, as a share without a barrier; None as None. Raises ValueError for anything else."""
     from .evaluation import Ranks
@@ -330,4 +355,4 @@ def _views(run: Stage | None, name: str | None) -> ViewsConfig:
     return run.views if isinstance(run, ClassifyConfig | DistillConfig) else ViewsConfig()
 
 
-COMMANDS: Sequence[Any] = (eval, score, classify, extract, export)
+COMMANDS: Sequence[Any] = (eval, score, classify, extract, export, study)

@@ -61,9 +61,8 @@ def test_official_weights_to_an_exported_model(example, videos, tmp_path):
     assert best.label == "red"
 
 
-def test_help_and_bad_weights_as_a_script(videos, tmp_path):
-    command = [sys.executable, str(EXAMPLES / "finetune_folder.py")]
-    assert "VIDEOS/LABEL" in subprocess.run([*command, "--help"], check=True, capture_output=True, text=True).stdout
-    done = subprocess.run([*command, str(videos), str(tmp_path / "none.pth")], capture_output=True, text=True)
+def test_bad_weights_given_to_the_script(videos, tmp_path):
+    command = [sys.executable, str(EXAMPLES / "finetune_folder.py"), str(videos), str(tmp_path / "none.pth")]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode != 0
     assert "none.pth: no such checkpoint" in done.stderr
