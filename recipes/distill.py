@@ -8,7 +8,10 @@ one started again, then needs no teacher for them.
 
 from __future__ import annotations
 
-from vmae2_fast.config import DistillConfig, MaskConfig, ModelConfig, OptimConfig, TrainConfig, ViewsConfig
+import dataclasses
+
+from vmae2_fast.config import AugmentConfig, DistillConfig, MaskConfig, ModelConfig, OptimConfig, TrainConfig, ViewsConfig
+from vmae2_fast.data.augment import OFFICIAL, OFFICIAL_MIX
 from vmae2_fast.data.labelled_sets import labelled_set
 
 _CITES = "paper, appendix table of distillation settings"
@@ -43,7 +46,7 @@ def vit_base_features() -> DistillConfig:
         teacher=ModelConfig(name="vit_giant_patch14_224", num_classes=710),
         objective="features",
         mask=MaskConfig(encoder_ratio=0.9, decoder="none"),
-        data=labelled_set("k710").training(views=1),
+        data=dataclasses.replace(labelled_set("k710").training(views=1), augment=AugmentConfig()),
         optim=OptimConfig(lr=1.5e-4, min_lr=1e-4, warmup_epochs=40, betas=(0.9, 0.95), weight_decay=0.05),
         train=TrainConfig(epochs=400, global_batch=1024, precision="bfloat16", checkpoint_every=1000),
     )
@@ -57,7 +60,8 @@ def _distill(size: str, name: str, *, lr: float, batch: int) -> DistillConfig:
         model=ModelConfig(name=f"vit_{size}_patch16_224", num_classes=labelled.classes, drop_path=0.1),
         teacher=ModelConfig(name="vit_giant_patch14_224", num_classes=labelled.classes),
         temperature=3.0,
-        data=labelled.training(views=1),
+        mix=OFFICIAL_MIX,
+        data=dataclasses.replace(labelled.training(views=1), augment=AugmentConfig(randaugment=OFFICIAL.randaugment)),
         validation=labelled.testing(),
         optim=OptimConfig(
             lr=lr, min_lr=1e-6, warmup_epochs=5, betas=(0.9, 0.999), weight_decay=0.05, layer_decay=0.75, clip_grad=1.0

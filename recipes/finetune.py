@@ -17,14 +17,17 @@ import dataclasses
 from typing import Literal
 
 from vmae2_fast.config import (
+    AugmentConfig,
     ClassifyConfig,
     DataConfig,
+    MixConfig,
     ModelConfig,
     OptimConfig,
     SourceConfig,
     TrainConfig,
     ViewsConfig,
 )
+from vmae2_fast.data.augment import OFFICIAL, OFFICIAL_MIX
 from vmae2_fast.data.labelled_sets import LabelledSet, labelled_set
 from vmae2_fast.data.manifest import open_tree
 
@@ -219,7 +222,8 @@ def folder(
         name=f"finetune_{size}_folder" if not frozen else f"{probe}_probe_{size}_folder",
         cites="no table: defaults for small sets",
         model=model,
-        data=dataclasses.replace(train, crop="random_resized", flip=True),
+        data=dataclasses.replace(train, crop="random_resized", flip=True, augment=AugmentConfig() if frozen else OFFICIAL),
+        mix=MixConfig() if frozen else OFFICIAL_MIX,
         validation=_source(data, split),
         frozen=frozen,
         optim=OptimConfig(
@@ -277,6 +281,7 @@ def _finetune(
         train=TrainConfig(
             epochs=settings.epochs, global_batch=views * settings.clips, precision="bfloat16", checkpoint_every=1000,
         ),
+        mix=OFFICIAL_MIX,
         views=ViewsConfig(segments=segments or labelled.segments, crops=labelled.crops),
     )  # fmt: skip
 

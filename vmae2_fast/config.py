@@ -123,6 +123,54 @@ class SourceConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AugmentConfig:
+    """What fine-tuning does to clips beside crop and flip: nothing by default, `data.augment.OFFICIAL` as published."""
+
+    randaugment: str | None = None
+    """A policy string such as `rand-m7-n4-mstd0.5-inc1`, see `data.randaugment.parse_policy`; None: none."""
+    erase: float = 0.0
+    """Probability that a rectangle of a view is filled with noise."""
+
+    def __post_init__(self) -> None:
+        require(0 <= self.erase <= 1, f"augment.erase={self.erase}: must lie in [0, 1]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixConfig:
+    """Mixing clips, and their labels, with each other: none by default, `data.augment.OFFICIAL_MIX` as published."""
+
+    mixup: float = 0.0
+    """Both parameters of the Beta distribution of the shares; 0: no mixup."""
+    cutmix: float = 0.0
+    """The same of the areas; 0: no cutmix."""
+    probability: float = 1.0
+    """Of mixing a group of clips at all."""
+    switch_probability: float = 0.5
+    """Of cutmix where both are on."""
+    clips: int = 2
+    """Clips (decodes) of a group, which is mixed within itself and in one way; micro-batches hold whole groups. Official:
+    all clips of a device."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, "mix", 0, "mixup", "cutmix")
+        _at_least(self, "mix", 1, "clips")
+        for name in ("probability", "switch_probability"):
+            value = getattr(self, name)
+            require(0 <= value <= 1, f"mix.{name}={value}: must lie in [0, 1]")
+
+    @property
+    def enabled(self) -> bool:
+        return self.probability > 0 and max(self.mixup, self.cutmix) > 0
+
+    def check(self, run: RunConfig) -> None:
+        """Raise ValueError unless every micro-batch of `run` holds whole groups."""
+        if self.enabled:
+            rows = run.train.micro_batch or run.train.global_batch
+            name = "train.global_batch" if run.train.micro_batch is None else "train.micro_batch"
+            divisible(name, rows, "mix.clips * data.views", self.clips * run.data.views)
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Which clips, and how each is cut out of its video."""
 
@@ -136,6 +184,7 @@ class DataConfig:
     """Views of one decode (`num_sample`): they share frames, crop and masks are drawn anew for each."""
     crop: Literal["multi_scale", "random_resized", "center"] = "multi_scale"
     flip: bool = False
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
     workers: int = 2
     """Decoder threads."""
     prefetch: int = 4
@@ -267,6 +316,7 @@ class ClassifyConfig(RunConfig):
     label_smoothing: float = 0.1
     frozen: bool = False
     """Train only what follows the blocks: a linear probe, with `model.pooling="attentive"` an attentive one."""
+    mix: MixConfig = field(default_factory=MixConfig)
     views: ViewsConfig = field(default_factory=ViewsConfig)
 
     def __post_init__(self) -> None:
@@ -276,6 +326,7 @@ class ClassifyConfig(RunConfig):
             require(decay == 1, f"frozen: optim.layer_decay={decay} has no layers to act on; set it to 1")
             require(drop == 0, f"frozen: model.drop_path={drop} must be 0, the blocks stand still")
         require(0 <= self.label_smoothing < 1, f"label_smoothing={self.label_smoothing}: must lie in [0, 1)")
+        self.mix.check(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -299,6 +350,7 @@ class DistillConfig(RunConfig):
     teacher_precision: Literal["float32", "bfloat16"] = "bfloat16"
     teacher_cache: str | None = None
     """Folder of the teacher's logits by position and view: those in it are read, others are computed and added."""
+    mix: MixConfig = field(default_factory=MixConfig)
     views: ViewsConfig = field(default_factory=ViewsConfig)
 
     def __post_init__(self) -> None:
@@ -308,6 +360,7 @@ class DistillConfig(RunConfig):
         require(0 <= self.alpha <= 1, f"alpha={self.alpha}: must lie in [0, 1]")
         if self.objective == "features":
             require(self.teacher_cache is None, "teacher_cache: holds logits, which objective=features does not use")
+        self.mix.check(self)
 
 
 Stage = PretrainConfig | ClassifyConfig | DistillConfig

@@ -137,3 +137,13 @@ def test_a_missing_folder_is_named(capsys):
     with pytest.raises(SystemExit):
         cli.main(["launch", "finetune:folder", "--data", "nowhere"])
     assert "nowhere: no such folder of videos" in capsys.readouterr().err
+
+
+def test_official_augmentation_is_in_every_fine_tuning_recipe():
+    for name, recipe in RECIPES.items():
+        run = recipe()
+        if getattr(run, "objective", "kl") == "features":
+            continue
+        assert run.data.augment.randaugment == "rand-m7-n4-mstd0.5-inc1", name
+        assert (run.mix.mixup, run.mix.cutmix) == (0.8, 1.0), name
+        assert run.data.augment.erase == (0.25 if name.startswith("finetune:") else 0.0), name

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..config import DataConfig, SourceConfig, unknown
+from .augment import OFFICIAL
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,10 +44,11 @@ class LabelledSet:
         return SourceConfig(name=self.name, split=split, stride=self.stride, template=self.template)
 
     def training(self, *, views: int = 2, workers: int = 8) -> DataConfig:
-        """Clips for fine-tuning: random resized crops, `views` of one decode (repeated augmentation: 2)."""
+        """Clips for fine-tuning: random resized crops, the official augmentations, `views` of one decode (repeated
+        augmentation: 2)."""
         return DataConfig(
             sources=(self.source("train"),), stride=self.stride, sampling=self.sampling, views=views, crop="random_resized",
-            flip=self.flip, workers=workers,
+            flip=self.flip, workers=workers, augment=OFFICIAL,
         )  # fmt: skip
 
     def testing(self, split: str = "val", *, workers: int = 8) -> DataConfig:

@@ -22,11 +22,10 @@ import numpy as np
 import torch
 
 from ..config import DataConfig
-from ..ops import resize_crop
 from . import sampling
 from .decode import DecodeError, FrameCache, decode_images, decode_video, probe
 from .manifest import Record, Source, open_sources
-from .plan import Planner, cut_test_views
+from .plan import Planner, cut_test_views, cut_views
 from .sampling import Purpose, counter_rng
 from .schedule import Mixture
 
@@ -210,7 +209,8 @@ class VideoLoader(_Reader):
         """Where the next iteration would begin: all the state there is."""
         self.mixture = Mixture([len(s.manifest) for s in self.sources], [s.weight for s in self.sources], seed)
         self.planner = Planner(
-            frames=frames, size=size, sampling=data.sampling, crop=data.crop, flip=data.flip, views=data.views, seed=seed)
+            frames=frames, size=size, sampling=data.sampling, crop=data.crop, flip=data.flip, views=data.views, seed=seed,
+            augment=data.augment)
 
     @property
     def num_clips(self) -> int:
@@ -283,8 +283,8 @@ class VideoLoader(_Reader):
                 failures.append(Replaced(position, source.path(record), error.reason))
                 continue
             height, width = video.shape[1:3]
-            windows = self.planner.windows(height, width, epoch, position, attempt)
-            resize_crop(video, windows, self.size, out=out, threads=1)
+            plans = self.planner.view_plans(height, width, epoch, position, attempt)
+            cut_views(video, plans, self.size, out=out, threads=1)
             return record.label, path, failures
         last = failures[-1]
         tried = f"no clip found for position {position} in {len(failures)} attempts"

@@ -1,4 +1,4 @@
-"""Classification: post-pre-training and fine-tuning with label smoothing, multi-view test."""
+"""Classification: post-pre-training and fine-tuning with mixup, cutmix and label smoothing, multi-view test."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import ClassifyConfig, ModelConfig
+from ..data.augment import mix_clips, mix_targets, plan_mix, smooth_targets
 from ..data.loader import Batch, VideoViews
 from ..models import VisionTransformer, build_model
 from .base import Task, ViewBatch, class_labels, view_batches
@@ -18,7 +19,7 @@ from .metrics.classification import View, classification_metrics, merge_views
 
 
 class ClassifyTask(Task[ClassifyConfig]):
-    """Cross-entropy with label smoothing over `model.num_classes` classes."""
+    """Cross-entropy with the (mixed, smoothed) targets over `model.num_classes` classes."""
 
     def __init__(self, config: ClassifyConfig, device: torch.device | str = "cpu") -> None:
         super().__init__(config, device)
@@ -30,11 +31,16 @@ class ClassifyTask(Task[ClassifyConfig]):
         return True
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
-        label = class_labels(batch.label, batch.paths, self.config.model.num_classes).to(self.device, non_blocking=True)
+        config, classes = self.config, self.config.model.num_classes
+        label = class_labels(batch.label, batch.paths, classes).to(self.device, non_blocking=True)
+        mix = plan_mix(config.mix, batch.position, config.model.size, config.seed)
+        clip = mix_clips(batch.clip.to(self.device, non_blocking=True), mix)
+        target = mix_targets(smooth_targets(label, classes, config.label_smoothing), mix)
         with self.autocast():
-            logits = self.model(batch.clip.to(self.device, non_blocking=True)).float()
-        total = F.cross_entropy(logits, label, label_smoothing=self.config.label_smoothing, reduction="sum")
-        return {"loss_sum": total, "top1": (logits.detach().argmax(-1) == label).sum()}
+            logits = self.model(clip).float()
+        total = F.cross_entropy(logits, target, reduction="sum")
+        # of mixed clips: how often the larger share was named
+        return {"loss_sum": total, "top1": (logits.detach().argmax(-1) == target.argmax(-1)).sum()}
 
     @torch.no_grad()
     def evaluate(self, views: Iterable[VideoViews], *, shuffled: bool = False) -> dict[str, Any]:

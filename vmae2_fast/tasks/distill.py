@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..config import DistillConfig, to_dict
+from ..data.augment import mix_clips, mix_targets, plan_mix, smooth_targets
 from ..data.loader import Batch, VideoViews
 from ..models import PretrainViT, VisionTransformer, build_model, resolve
 from ..models.weights import load_weights
@@ -48,7 +49,7 @@ def soft_cross_entropy(student: Tensor, teacher: Tensor) -> Tensor:
 def deit_loss(
     student: Tensor, teacher: Tensor, label: Tensor, *, hard: bool, alpha: float = 0.5, temperature: float = 3.0
 ) -> Tensor:
-    """The DeiT objectives as sums over the batch (head of this file); logits [B, C], label int64 [B]."""
+    """The DeiT objectives as sums over the batch (head of this file); logits [B, C], label int64 [B] or targets [B, C]."""
     base = F.cross_entropy(student.float(), label, reduction="sum")
     if hard:
         taught = F.cross_entropy(student.float(), teacher.argmax(-1), reduction="sum")
@@ -117,7 +118,7 @@ class DistillTask(Task[DistillConfig]):
         data = {key: value for key, value in to_dict(config.data).items() if key not in FREE}
         about = {
             "data": data, "seed": config.seed, "frames": config.model.frames, "size": config.model.size,
-            "teacher": weights_digest(self.teacher), "teacher_precision": config.teacher_precision,
+            "teacher": weights_digest(self.teacher), "teacher_precision": config.teacher_precision, "mix": to_dict(config.mix),
         }  # fmt: skip
         return TeacherCache(str(config.teacher_cache), about, config.model.num_classes, config.data.views)
 
@@ -136,17 +137,20 @@ class DistillTask(Task[DistillConfig]):
         return torch.stack([(self._mask(b.position, b.view).loss_index >= 0).sum() for b in batches]).sum().float()
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
-        clip = batch.clip.to(self.device, non_blocking=True)
+        config, classes = self.config, self.config.model.num_classes
+        mix = plan_mix(config.mix, batch.position, config.model.size, config.seed)
+        clip = mix_clips(batch.clip.to(self.device, non_blocking=True), mix)
         if self.features:
             return {"loss_sum": self._feature_loss(clip, self._mask(batch.position, batch.view))}
         target = self._teacher_logits(batch, clip)
         with self.autocast():
             logits = self.model(clip).float()
-        label = None
+        wanted = None
         if self.needs_labels():
-            label = class_labels(batch.label, batch.paths, self.config.model.num_classes).to(self.device, non_blocking=True)
+            label = class_labels(batch.label, batch.paths, classes).to(self.device, non_blocking=True)
+            wanted = mix_targets(smooth_targets(label, classes, 0.0), mix)
         return {
-            "loss_sum": self._objective(logits, target, label),
+            "loss_sum": self._objective(logits, target, wanted),
             "agreement": (logits.detach().argmax(-1) == target.argmax(-1)).sum(),
         }
 

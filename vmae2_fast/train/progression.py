@@ -178,11 +178,13 @@ def _on_scenes(stage: Stage, out: str) -> Stage:
 
 
 def _smoke_stage(stage: Stage) -> Stage:
+    # the smallest batch whose clips can be mixed with each other
+    clips = max(2, stage.mix.clips) if isinstance(stage, ClassifyConfig | DistillConfig) else 2
     changes: dict[str, Any] = {
         "model": _small(stage.model),
         "data": dataclasses.replace(stage.data, workers=1),
         "train": dataclasses.replace(
-            stage.train, epochs=1, global_batch=2 * stage.data.views, micro_batch=None, validate_every=0
+            stage.train, epochs=1, global_batch=clips * stage.data.views, micro_batch=None, validate_every=0
         ),
         "optim": dataclasses.replace(stage.optim, warmup_epochs=min(stage.optim.warmup_epochs, 0.5)),
     }
