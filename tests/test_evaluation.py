@@ -22,6 +22,7 @@ from vmae2_fast.evaluation import Ranks, evaluate, score
 from vmae2_fast.inference import load_model
 from vmae2_fast.models import build_model, save_weights
 from vmae2_fast.tasks.predictions import PredictionStore, read_official, write_official
+from vmae2_fast.train.loop import train
 
 ROOT = Path(__file__).parents[1]
 VIEWS = ViewsConfig(segments=2, crops=2, batch=4)
@@ -275,3 +276,16 @@ def test_official_files_that_cannot_be_read_are_named(text, message, tmp_path):
     (tmp_path / "0.txt").write_text(text)
     with pytest.raises(ValueError, match=message):
         read_official([tmp_path / "0.txt"])
+
+
+def test_a_run_is_tested_on_its_own_validation_data(clips, tmp_path, capsys):
+    found = train(tiny.classify_config(clips, tmp_path))["validation"]
+    cli.main(["eval", str(tmp_path / "tiny_classify"), "--json"])
+    metrics = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert metrics["views_per_video"] == 2
+    assert {key: metrics[key] for key in ("top1", "videos", "confusion")} == {
+        key: found[key] for key in ("top1", "videos", "confusion")
+    }
+    assert (tmp_path / "tiny_classify" / "eval" / "metrics.json").exists()
+    cli.main(["eval", str(tmp_path / "tiny_classify"), "--segments", "1", "--out", str(tmp_path / "one"), "--json"])
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["views_per_video"] == 1
