@@ -64,6 +64,7 @@ bench: $(VENV)/.dev
 	@mkdir -p $(RESULTS)
 	$(BIN)/python -m pytest -q benchmarks/test_ops.py --benchmark-json=$(RESULTS)/ops.json --benchmark-columns=median,iqr,rounds $(ARGS)
 	$(BIN)/python -m vmae2_fast.benchmarks.report $(RESULTS)/ops.json
+	$(BIN)/python -m pytest -q benchmarks/test_manifest.py --benchmark-json=$(RESULTS)/manifest.json --benchmark-columns=median,iqr,rounds
 
 # The running interpreter with its own torch; nothing is downloaded. In place, so that the tests see the built extension.
 gpu-check:

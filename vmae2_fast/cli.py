@@ -19,7 +19,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from . import __version__, backend, cli_classify
+from . import __version__, backend, cli_classify, cli_data
 from .benchmarks import options
 from .config import MaskConfig, ModelConfig, Progression, load
 
@@ -58,15 +58,7 @@ def launch(arguments: list[str]) -> dict[str, Any]:
         print(launch.__doc__)
         print("Recipes:\n" + recipes_index.listing())
         parse(LaunchOptions, ["--help"], "vmae2 launch RECIPE")
-    name, *rest = arguments
-    recipe = recipes_index.find(name)
-    prog = f"vmae2 launch {name}"
-    helped = any(a in ("-h", "--help") for a in rest)
-    rest = [a for a in rest if a not in ("-h", "--help")]
-    options, rest = parse(LaunchOptions, rest, prog, return_unknown_args=True)
-    made, rest = parse(recipe, rest, prog, return_unknown_args=True)
-    run = recipes_index.override(made, [*rest, "--help"] if helped else rest, prog, parse)
-    return _run(run, options)
+    return _run(*recipes_index.with_options(arguments, LaunchOptions, "vmae2 launch", parse))
 
 
 def parse(target: Any, arguments: list[str], prog: str, **options: Any) -> Any:
@@ -296,6 +288,9 @@ COMMANDS: dict[str, Callable[..., Any]] = {
 }
 
 
+_WITH_OWN_FLAGS: dict[str, Callable[[list[str]], Any]] = {"launch": launch, "data": cli_data.data}
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of `vmae2`."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
@@ -312,8 +307,8 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _dispatch(arguments: list[str]) -> Any:
-    if arguments and arguments[0] == "launch":
-        return launch(arguments[1:])
+    if arguments and arguments[0] in _WITH_OWN_FLAGS:
+        return _WITH_OWN_FLAGS[arguments[0]](arguments[1:])
     arguments = [a for a in arguments if a != "--json"]
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_usage())
@@ -321,21 +316,29 @@ def _dispatch(arguments: list[str]) -> Any:
     if arguments[0] not in COMMANDS:
         from .config import unknown
 
-        raise ValueError(unknown("command", arguments[0], ["launch", *COMMANDS]))
-    command = COMMANDS[arguments[0]]
+        raise ValueError(unknown("command", arguments[0], [*_WITH_OWN_FLAGS, *COMMANDS]))
+    return call(COMMANDS[arguments[0]], arguments[1:], f"vmae2 {arguments[0]}")
+
+
+def call(command: Callable[..., Any], arguments: list[str], prog: str) -> Any:
+    """Run a command whose flags are its arguments."""
 
     @functools.wraps(command)
     def bound(*args: Any, **kwargs: Any) -> Any:
         return functools.partial(command, *args, **kwargs)  # parsed first, run after: only parsing is captured
 
-    return parse(bound, arguments[1:], f"vmae2 {arguments[0]}")()
+    return parse(bound, arguments, prog)()
 
 
 def _usage() -> str:
-    lines = ["usage: vmae2 COMMAND [--help] [--json] ...", "", __doc__.split("\n")[0], ""]
-    for name, command in {"launch": launch, **COMMANDS}.items():
-        lines.append(f"  {name:<12} {(command.__doc__ or '').splitlines()[0]}")
-    return "\n".join(lines)
+    commands = {**_WITH_OWN_FLAGS, **COMMANDS}
+    return usage("vmae2 COMMAND [--help] [--json] ...", __doc__.split("\n")[0], commands)
+
+
+def usage(form: str, about: str, commands: dict[str, Callable[..., Any]]) -> str:
+    """What a command of commands offers."""
+    lines = [f"  {name:<12} {(command.__doc__ or '').splitlines()[0]}" for name, command in commands.items()]
+    return "\n".join([f"usage: {form}", "", about, "", *lines])
 
 
 def _expected(error: BaseException) -> bool:

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from vmae2_fast.config import DataConfig, SourceConfig
+from vmae2_fast.config import AugmentConfig, DataConfig, SourceConfig
 from vmae2_fast.data import BadDataError, EvaluationLoader, ManifestError, VideoLoader
 from vmae2_fast.data import loader as loader_module
 from vmae2_fast.data.decode import decode_video
+from vmae2_fast.data.plan import Planner
 from vmae2_fast.data.sampling import Purpose, counter_rng
 from vmae2_fast.ops import resize_crop
 
@@ -104,6 +105,48 @@ def test_same_batches_for_any_number_of_threads_and_any_prefetch(videos):
     reference = list(_loader(videos, workers=1, prefetch=1, views=2, flip=True))
     for values in ({"workers": 4, "prefetch": 1}, {"workers": 3, "prefetch": 9}, {"cache_mb": 16}):
         assert all(_same(a, b) for a, b in zip(reference, _loader(videos, views=2, flip=True, **values), strict=True))
+
+
+def _spied(videos, monkeypatch, *, workers, world, epochs=3):
+    """Positions, paths and clips of some epochs in global order, and every plan, of all ranks together."""
+    augment = AugmentConfig(randaugment="rand-m7-n4-mstd0.5-inc1", erase=0.5)
+    plans, rows = {}, {}
+    frame_ids, view_plans = Planner.frame_ids, Planner.view_plans
+
+    def spy_frames(self, num_frames, stride, epoch, position, attempt=0):
+        ids = frame_ids(self, num_frames, stride, epoch, position, attempt)
+        plans["frames", epoch, position, attempt] = ids.tolist()
+        return ids
+
+    def spy_views(self, height, width, epoch, position, attempt=0):
+        plans["views", epoch, position, attempt] = view_plans(self, height, width, epoch, position, attempt)
+        return plans["views", epoch, position, attempt]
+
+    monkeypatch.setattr(Planner, "frame_ids", spy_frames)
+    monkeypatch.setattr(Planner, "view_plans", spy_views)
+    for rank in range(world):
+        loader = _loader(
+            videos, clips=1, steps=-(-13 * epochs // world), rank=rank, world=world, workers=workers, views=2, flip=True,
+            crop="random_resized", sampling="dense", augment=augment,
+        )  # fmt: skip
+        for batch in loader:
+            rows[int(batch.position[0])] = (batch.paths[0], batch.clip)
+    wanted = range(13 * epochs)
+    return [rows[p] for p in wanted], {key: plan for key, plan in plans.items() if key[2] in wanted}
+
+
+def test_order_and_plans_are_the_same_for_any_workers_and_ranks(videos, monkeypatch):
+    alone, plans = _spied(videos, monkeypatch, workers=1, world=1)
+    assert len(alone) == 39
+    assert len(plans) == 2 * 39
+    for e in range(3):  # two sources of 10 and 3 clips: every epoch holds each clip once, in an order of its own
+        assert len({path for path, _ in alone[13 * e:13 * e + 13]}) == 13
+    assert [path for path, _ in alone[:13]] != [path for path, _ in alone[13:26]]
+    for workers, world in ((4, 1), (2, 2)):
+        rows, found = _spied(videos, monkeypatch, workers=workers, world=world)
+        assert found == plans
+        assert [path for path, _ in rows] == [path for path, _ in alone]
+        assert all(torch.equal(a, b) for (_, a), (_, b) in zip(alone, rows))
 
 
 def test_resume_continues_where_it_was(videos):

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from tests import tiny_runs as tiny
 from vmae2_fast.config import MaskConfig
+from vmae2_fast.data.augment import OFFICIAL, OFFICIAL_MIX
 from vmae2_fast.data.loader import VideoLoader
 from vmae2_fast.tasks import create_task
 from vmae2_fast.train import loop, train
@@ -303,3 +304,17 @@ def test_non_finite_steps_are_counted_and_many_in_a_row_end_the_run(clips, tmp_p
     monkeypatch.setattr(Optimizer, "step", poisoned(set(range(4, 12))))
     with pytest.raises(ValueError, match="not finite for 6 steps in a row"):
         train(config, resume=False)
+
+
+def test_augmented_fine_tuning_goes_on_bitwise_after_a_stop(clips, tmp_path, monkeypatch):
+    """RandAugment, erasing, mixup and cutmix through the whole pipeline: they change the weights, a stop does not."""
+    augmented = {"crop": "random_resized", "flip": True, "augment": OFFICIAL}
+    plain = tiny.with_train(tiny.classify_config(clips, tmp_path / "plain"), epochs=3)
+    config = dataclasses.replace(plain, data=dataclasses.replace(plain.data, **augmented), mix=OFFICIAL_MIX)
+    whole = train(dataclasses.replace(config, out=str(tmp_path / "whole")))
+    stopped = dataclasses.replace(config, out=str(tmp_path / "stopped"))
+    _train_until(monkeypatch, 5, stopped)
+    again = train(stopped)
+    assert whole["steps"] == again["steps"] == 6
+    assert _same_weights(whole["weights"], again["weights"])
+    assert not _same_weights(whole["weights"], train(plain)["weights"])

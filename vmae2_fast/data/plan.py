@@ -118,7 +118,8 @@ def cut_views(
             resize_crop(frames, [plan.window], size, out=view, threads=threads)
     else:
         resize_crop(video, [plan.window for plan in plans], size, out=out, threads=threads)
-    erase_(out, [plan.erasure for plan in plans])
+    if any(plan.erasure for plan in plans):
+        erase_(out, [plan.erasure for plan in plans])
     return out
 
 

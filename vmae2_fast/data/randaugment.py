@@ -3,7 +3,8 @@
 `rand-m7-n4-mstd0.5-inc1` of the released fine-tuning scripts: n = 4 operations out of 15, each applied with probability
 1/2, its magnitude drawn from N(m, mstd) and clipped to 0..10; `inc1` takes the forms that grow stronger with the
 magnitude. All frames of a clip get the same operations (Cubuk et al., "RandAugment", and timm's auto-augment, whose ranges
-these are). Results are the bits Pillow gives: sums, truncations and border rules are Pillow's.
+these are). Results are the bits Pillow gives: sums, truncations and border rules are Pillow's. Only rotation, shear and
+shift may differ by one level where the filter's sum is a whole level but for rounding.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..config import require
@@ -33,6 +35,8 @@ MAX_MAGNITUDE = 10.0
 TRANSLATE = 0.45
 """Largest shift as a share of the side."""
 _FILL = 128.0
+_ROUNDED = 1e-9
+"""Added before truncation, so that a sum of weights a rounding below 1 does not lower a flat area by a level."""
 
 
 class Operation(NamedTuple):
@@ -247,23 +251,25 @@ def _affine(x: Tensor, matrix: tuple[float, ...]) -> Tensor:
     inside = (u >= 0) & (u < width) & (v >= 0) & (v < height)
     u, v = u - 0.5, v - 0.5
     column, row = u.floor(), v.floor()
-    du, dv = (u - column)[:, None], (v - row)[:, None]
+    # along an axis that stays as it is the filter is the pixel itself
+    across = _cubic_taps(u - column) if (a, b, c) != (1, 0, 0) else [(0, torch.ones_like(u))]
+    down = _cubic_taps(v - row) if (d, e, f) != (0, 1, 0) else [(0, torch.ones_like(v))]
     column, row = column.long(), row.long()
-    pixels = x.permute(1, 2, 0, 3).reshape(height * width, frames * channels)
-
-    def line(k: int) -> Tensor:
-        first = (row + k).clamp(0, height - 1) * width
-        p, q, r, s = (pixels.index_select(0, first + (column + i).clamp(0, width - 1)).double() for i in range(-1, 3))
-        return _cubic(p, q, r, s, du)
-
-    value = _cubic(line(-1), line(0), line(1), line(2), dv).clamp(0, 255)
+    taps = [(j, i, q * p) for j, q in down for i, p in across]
+    index = torch.stack([(row + j).clamp(0, height - 1) * width + (column + i).clamp(0, width - 1) for j, i, _ in taps], 1)
+    weight = torch.stack([w for _, _, w in taps], 1)
+    pixels = x.permute(1, 2, 0, 3).reshape(height * width, frames * channels).double()
+    # a weighted gather in one pass: an embedding bag whose bags are the taps of a pixel
+    value = F.embedding_bag(index, pixels, mode="sum", per_sample_weights=weight)
+    value = (value + _ROUNDED).clamp(0, 255)
     value = torch.where(inside[:, None], value, _FILL).to(torch.uint8)
     return value.view(height, width, frames, channels).permute(2, 0, 1, 3)
 
 
-def _cubic(p: Tensor, q: Tensor, r: Tensor, s: Tensor, d: Tensor) -> Tensor:
-    """Cubic convolution with a = -1 between q (d = 0) and r (d = 1)."""
-    return q + d * ((r - p) + d * ((2 * (p - q) + r - s) + d * (-p + q - r + s)))
+def _cubic_taps(d: Tensor) -> list[tuple[int, Tensor]]:
+    """Offsets and weights of cubic convolution with a = -1, d in [0, 1) behind the pixel of offset 0."""
+    square, cube = d * d, d * d * d
+    return [(-1, 2 * square - cube - d), (0, 1 - 2 * square + cube), (1, d + square - cube), (2, cube - square)]
 
 
 def _rotation(degrees: float, width: int, height: int) -> tuple[float, ...]:
