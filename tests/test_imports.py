@@ -36,7 +36,7 @@ SOFT = [
     "torchao",
     "huggingface_hub",
 ]
-SOFT += ["submitit", "timm", "torchvision"]
+SOFT += ["submitit", "timm", "torchvision", "onnx", "onnxscript", "onnxruntime"]
 
 
 def imported(file: Path) -> set[str]:

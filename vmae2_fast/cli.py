@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from . import __version__, backend, cli_data
+from . import __version__, backend, cli_classify, cli_data
 from .benchmarks import options
 from .config import MaskConfig, ModelConfig, Progression, load
 
@@ -205,43 +205,6 @@ def reconstruct(
     return paths
 
 
-def classify(
-    videos: tyro.conf.Positional[list[str]],
-    *,
-    weights: str = "runs/demo/finetune",
-    model: str | None = None,
-    segments: int = 5,
-    crops: int = 3,
-    stride: int = 2,
-    topk: int = 5,
-) -> list[dict[str, Any]]:
-    """Name what happens in videos, with a fine-tuned or distilled model.
-
-    Example: vmae2 classify clip.mp4 --weights runs/demo/finetune
-
-    Args:
-        videos: video files.
-        weights: run directory or weights file of a classification model.
-        model: official name, where the weights file does not hold it.
-        segments: clips in time.
-        crops: views in space.
-        stride: frames between two sampled frames.
-        topk: classes shown.
-    """
-    from .inference import classify as run
-    from .inference import load_model
-
-    if not videos or min(segments, crops, topk, stride) < 1:
-        raise ValueError("classify needs at least one video, and segments, crops, topk and stride of at least 1")
-    loaded = load_model(weights, model, kind="classify")
-    results = []
-    for video in videos:
-        predictions = run(loaded, video, segments=segments, crops=crops, stride=stride, topk=topk)
-        print(f"{video}: " + ", ".join(f"{p.label} {100 * p.probability:.1f} %" for p in predictions))
-        results.append({"video": video, "predictions": [p._asdict() for p in predictions]})
-    return results
-
-
 def ledger(
     model: tyro.conf.Positional[str],
     *,
@@ -337,7 +300,7 @@ def bench(suite: tyro.conf.OmitSubcommandPrefixes[tyro.conf.OmitArgPrefixes[opti
 
 
 COMMANDS: dict[str, Callable[..., Any]] = {
-    f.__name__: f for f in (recipes, env, reconstruct, classify, ledger, convert, report, bench)
+    f.__name__: f for f in (recipes, env, reconstruct, *cli_classify.COMMANDS, ledger, convert, report, bench)
 }
 
 

@@ -59,10 +59,13 @@ class ModelConfig:
     decoder_width: int | None = None
     decoder_depth: int = 4
     decoder_heads: int | None = None
+    decoder_outputs: int | None = None
+    """Values the decoder predicts for a token; None: the pixels of its patch."""
     num_classes: int = 0
     """Classes of the head; 0 gives a trunk without a head. Ignored by pre-training models."""
-    pooling: Literal["mean", "first"] = "mean"
-    """Mean over tokens then fc_norm (the official default), or the final norm's first token."""
+    pooling: Literal["mean", "first", "attentive"] = "mean"
+    """Mean over tokens then fc_norm (the official default), the final norm's first token, or attention of one learned query
+    over all tokens, then fc_norm (for an attentive probe)."""
     drop_path: float = 0.0
     """Stochastic depth: probability with which the last block drops a branch of a sample; it grows linearly from 0."""
     drop_path_skip: bool = False
@@ -234,6 +237,9 @@ class OptimConfig:
     layer_decay: float = 1.0
     clip_grad: float | None = None
     """Global gradient norm above which gradients are scaled down."""
+    ema_decay: float | None = None
+    """Moving average of the weights, w <- d w + (1 - d) p after every step (official option: 0.9999); None: none. With one,
+    validation and the weights written at the end are the average's."""
 
     def __post_init__(self) -> None:
         names = ("lr", "lr_batch", "min_lr", "warmup_epochs", "eps", "weight_decay", "weight_decay_end")
@@ -242,6 +248,8 @@ class OptimConfig:
         require(0 < self.layer_decay <= 1, f"optim.layer_decay={self.layer_decay}: must lie above 0 and be at most 1")
         clip = self.clip_grad
         require(clip is None or clip > 0, f"optim.clip_grad={clip}: must be above 0, or None for no clipping")
+        ema = self.ema_decay
+        require(ema is None or 0 < ema < 1, f"optim.ema_decay={ema}: must lie between 0 and 1, or None for no average")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -319,24 +327,42 @@ class ClassifyConfig(RunConfig):
     """Post-pre-training and fine-tuning."""
 
     label_smoothing: float = 0.1
+    frozen: bool = False
+    """Train only what follows the blocks: a linear probe, with `model.pooling="attentive"` an attentive one."""
     mix: MixConfig = field(default_factory=MixConfig)
     views: ViewsConfig = field(default_factory=ViewsConfig)
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.frozen:
+            decay, drop = self.optim.layer_decay, self.model.drop_path
+            require(decay == 1, f"frozen: optim.layer_decay={decay} has no layers to act on; set it to 1")
+            require(drop == 0, f"frozen: model.drop_path={drop} must be 0, the blocks stand still")
         require(0 <= self.label_smoothing < 1, f"label_smoothing={self.label_smoothing}: must lie in [0, 1)")
         self.mix.check(self)
 
 
 @dataclass(frozen=True, kw_only=True)
 class DistillConfig(RunConfig):
-    """A small student learns a teacher's distribution over classes (paper, appendix on distillation)."""
+    """A small student learns from a frozen teacher (paper, appendix on distillation)."""
 
     teacher: ModelConfig
     teacher_weights: str | None = None
+    objective: Literal["kl", "soft_ce", "deit_soft", "deit_hard", "features"] = "kl"
+    """What the student matches, see `tasks.distill`: the teacher's distribution (kl: the paper's choice), or, as a
+    pretrain_videomae_* model, its features at hidden tokens."""
     temperature: float = 3.0
     label_weight: float = 0.0
-    """Weight of the cross-entropy with the true label beside the KL term."""
+    """Weight of the cross-entropy with the true label beside the kl and soft_ce terms."""
+    alpha: float = 0.5
+    """Share of the teacher's term in the deit objectives, beside the label's."""
+    normalize_features: bool = True
+    """features: bring each of the teacher's tokens to mean 0 and variance 1 first."""
+    mask: MaskConfig = field(default_factory=lambda: MaskConfig(decoder="none"))
+    """features: what is hidden from the student."""
+    teacher_precision: Literal["float32", "bfloat16"] = "bfloat16"
+    teacher_cache: str | None = None
+    """Folder of the teacher's logits by position and view: those in it are read, others are computed and added."""
     mix: MixConfig = field(default_factory=MixConfig)
     views: ViewsConfig = field(default_factory=ViewsConfig)
 
@@ -344,6 +370,9 @@ class DistillConfig(RunConfig):
         super().__post_init__()
         require(self.temperature > 0, f"temperature={self.temperature}: must be above 0")
         require(self.label_weight >= 0, f"label_weight={self.label_weight}: must be at least 0")
+        require(0 <= self.alpha <= 1, f"alpha={self.alpha}: must lie in [0, 1]")
+        if self.objective == "features":
+            require(self.teacher_cache is None, "teacher_cache: holds logits, which objective=features does not use")
         self.mix.check(self)
 
 
@@ -383,6 +412,30 @@ class Progression:
             if stage.name == name:
                 return stage
         raise ValueError(unknown("stage", name, [s.name for s in self.stages]))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractConfig:
+    """How features are taken."""
+
+    level: Literal["clip", "frame"] = "clip"
+    stride: int = 1
+    """Frames between two sampled frames."""
+    step: int | None = None
+    """Frames between the starts of two windows; None: a whole window. Clip level only."""
+    resize: Literal["crop", "squash"] = "crop"
+    """The centre square, or the whole frame without its aspect ratio (released features for temporal detection)."""
+    format: Literal["npy", "safetensors"] = "npy"
+    """npy: float32 [N, D]; safetensors: `features` and `frames` int64 [N, 2], first frame and one past the last."""
+    batch: int = 16
+    """Windows of one forward."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+
+    def __post_init__(self) -> None:
+        for name in ("stride", "batch"):
+            require(getattr(self, name) >= 1, f"extract: {name}={getattr(self, name)} must be at least 1")
+        require(self.step is None or self.step >= 1, f"extract: step={self.step} must be at least 1")
+        require(self.level == "clip" or self.step is None, "extract: step is for clip level; frames follow one another")
 
 
 KINDS: dict[str, type] = {c.__name__: c for c in (PretrainConfig, ClassifyConfig, DistillConfig, Progression)}

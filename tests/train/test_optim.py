@@ -116,3 +116,37 @@ def test_foreign_optimizer_state_is_refused():
     optimizer = _optimizer(_model())
     with pytest.raises(ValueError, match=r"other\.weight\.exp_avg"):
         optimizer.load_state_tensors({"other.weight.exp_avg": torch.zeros(2)})
+
+
+def test_moving_average_by_its_formula_and_through_a_checkpoint():
+    torch.manual_seed(0)
+    model = torch.nn.Linear(3, 2)
+    config = OptimConfig(lr=0.1, lr_batch=0, ema_decay=0.9)
+    arguments = {"global_batch": 1, "total_steps": 10, "steps_per_epoch": 10}
+
+    def step(model, optimizer, number):
+        optimizer.zero_grad()
+        loss = model(torch.full((1, 3), 1.0 + number)).square().sum()
+        loss.backward()
+        optimizer.step(number, loss)
+
+    optimizer = Optimizer(model, config, **arguments)
+    expected = model.weight.detach().double().clone()
+    for number in range(3):
+        step(model, optimizer, number)
+        expected = 0.9 * expected + 0.1 * model.weight.detach().double()
+    weight = model.weight.detach().clone()
+    with optimizer.averaged():
+        torch.testing.assert_close(model.weight.double(), expected, rtol=1e-6, atol=1e-7)
+    assert torch.equal(model.weight, weight)
+
+    other = torch.nn.Linear(3, 2)
+    other.load_state_dict(model.state_dict())
+    resumed = Optimizer(other, config, **arguments)
+    resumed.load_state_tensors({name: value.clone() for name, value in optimizer.state_tensors().items()})
+    for which in ((model, optimizer), (other, resumed)):
+        step(*which, 3)
+    assert torch.equal(model.weight, other.weight)
+    with optimizer.averaged(), resumed.averaged():
+        assert torch.equal(model.weight, other.weight)
+        assert not torch.equal(model.weight, weight)

@@ -13,7 +13,7 @@ import json
 import os
 import weakref
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -300,17 +300,19 @@ class EvaluationLoader(_Reader):
         segments, crops: views in time and space; 1 is the centre.
         quarantine: JSONL file for videos that cannot be decoded: they are left out and counted in `stats`.
         rank, world: this loader yields the videos rank, rank + world, ...
+        only: numbers of the videos to yield; None: all.
     """
 
     def __init__(
         self, data: DataConfig, *, frames: int, size: int, segments: int = 1, crops: int = 1,
-        quarantine: str | os.PathLike[str] | None = None, rank: int = 0, world: int = 1,
+        quarantine: str | os.PathLike[str] | None = None, rank: int = 0, world: int = 1, only: Sequence[int] | None = None,
     ) -> None:
         if segments < 1 or crops < 1 or not 0 <= rank < world:
             raise ValueError(f"segments={segments}, crops={crops}, rank={rank} of {world}: out of range")
         super().__init__(data, quarantine)
         self.frames, self.size, self.segments, self.crops, self.rank, self.world = frames, size, segments, crops, rank, world
         self._ends = np.cumsum([len(source.manifest) for source in self.sources])
+        self._numbers: Sequence[int] = (range(self.num_videos) if only is None else only)[rank::world]
 
     @property
     def num_videos(self) -> int:
@@ -318,7 +320,7 @@ class EvaluationLoader(_Reader):
         return int(self._ends[-1])
 
     def __len__(self) -> int:
-        return len(range(self.rank, self.num_videos, self.world))
+        return len(self._numbers)
 
     def __iter__(self) -> Iterator[VideoViews]:
         return self._start(self._videos())
@@ -328,7 +330,7 @@ class EvaluationLoader(_Reader):
         self.bad.clear()
         pool = ThreadPoolExecutor(max(self.data.workers, 1), thread_name_prefix="vmae2-decode")
         ahead: deque[Future[VideoViews | Replaced]] = deque()
-        indices = iter(range(self.rank, self.num_videos, self.world))
+        indices = iter(self._numbers)
         try:
             while True:
                 while len(ahead) < self.data.workers + self.data.prefetch and (index := next(indices, None)) is not None:

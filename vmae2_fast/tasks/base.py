@@ -21,8 +21,8 @@ Config = TypeVar("Config", bound=RunConfig)
 
 
 @functools.cache
-def autocast_dtype(precision: str, device_type: str) -> torch.dtype | None:
-    """Autocast dtype of `TrainConfig.precision` on a device type, None for full precision.
+def autocast_dtype(precision: str, device_type: str, key: str = "train.precision") -> torch.dtype | None:
+    """Autocast dtype of a precision on a device type, None for full precision. key: where the precision was set.
 
     A CPU without bfloat16 instructions emulates them at a fraction of the speed of float32: there float32 is used
     instead, and stderr says so once. Raises ValueError for a GPU without bfloat16.
@@ -30,9 +30,9 @@ def autocast_dtype(precision: str, device_type: str) -> torch.dtype | None:
     if precision == "float32":
         return None
     if device_type == "cuda" and not torch.cuda.is_bf16_supported():
-        raise ValueError("train.precision=bfloat16: this GPU has no bfloat16; set train.precision=float32")
+        raise ValueError(f"{key}=bfloat16: this GPU has no bfloat16; set {key}=float32")
     if device_type == "cpu" and not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
-        print("train.precision=bfloat16: this CPU has no bfloat16 instructions; training in float32", file=sys.stderr)
+        print(f"{key}=bfloat16: this CPU has no bfloat16 instructions; computing in float32", file=sys.stderr)
         return None
     return torch.bfloat16
 
@@ -56,7 +56,8 @@ class Task(Generic[Config]):
         return False
 
     def check_labels(self, sources: Iterable[Source]) -> None:
-        """Raises ValueError naming the first clip whose label is missing or out of range, before anything is trained."""
+        """Raises ValueError naming the first clip whose label is missing or out of range, or a source with another number of
+        classes than the model, before anything is trained."""
         if not self.needs_labels():
             return
         classes = self.config.model.num_classes
@@ -64,6 +65,10 @@ class Task(Generic[Config]):
             labels = source.manifest.labels
             for index in ((labels < 0) | (labels >= classes)).nonzero()[0][:1]:
                 class_labels(torch.tensor(labels[index : index + 1]), [source.path(source.manifest[int(index)])], classes)
+            if source.classes is not None and source.classes != classes:
+                raise ValueError(
+                    f"{self.config.name}: source {source.name} has {source.classes} classes, model.num_classes is {classes}"
+                )
 
     def static_count(self, clips: int) -> float | None:
         """What the loss sum of `clips` clips is divided by, or None where it depends on the batch (see `count`)."""

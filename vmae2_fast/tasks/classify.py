@@ -24,6 +24,8 @@ class ClassifyTask(Task[ClassifyConfig]):
     def __init__(self, config: ClassifyConfig, device: torch.device | str = "cpu") -> None:
         super().__init__(config, device)
         self.model = build_classifier(config.model, config.name).to(self.device)
+        if config.frozen:
+            self.model.freeze_trunk()
 
     def needs_labels(self) -> bool:
         return True
@@ -54,9 +56,9 @@ class ClassifyTask(Task[ClassifyConfig]):
         return classification_metrics(result.scores, result.labels)
 
 
-def build_classifier(config: ModelConfig, run: str) -> VisionTransformer:
-    """The classification model of `config`. Raises ValueError when it has no head, or is a pre-training model."""
-    if config.num_classes < 1:
+def build_classifier(config: ModelConfig, run: str, *, head: bool = True) -> VisionTransformer:
+    """The classification model of `config`. Raises ValueError when it has no `head`, or is a pre-training model."""
+    if head and config.num_classes < 1:
         raise ValueError(f"{run}: set num_classes of {config.name} to the number of classes, got {config.num_classes}")
     model = build_model(config)
     if not isinstance(model, VisionTransformer):

@@ -91,7 +91,7 @@ def parameter_counts(spec: ModelSpec, config: ModelConfig) -> dict[str, int]:
         head = config.num_classes * (width + 1)
         return {"encoder": encoder + positions, "head": head, "total": encoder + positions + head}
     inner = spec.decoder.width
-    decoder = _stack_parameters(spec.decoder, config) + 2 * inner + spec.patch_values * (inner + 1)
+    decoder = _stack_parameters(spec.decoder, config) + 2 * inner + spec.decoder_outputs * (inner + 1)
     between = width * inner + inner  # encoder_to_decoder and the mask token
     return {"encoder": encoder, "decoder": decoder, "between": between, "total": encoder + decoder + between}
 
@@ -118,7 +118,7 @@ def macs(spec: ModelSpec, config: ModelConfig, tokens: dict[str, int], *, execut
         **_stack_macs("encoder", enc, visible, visible),
         "encoder_to_decoder": visible * enc.width * dec.width,
         **_stack_macs("decoder", dec, sequence, tokens["loss"] if executed else sequence),
-        "head": (tokens["loss"] if executed else tokens["decoded"]) * dec.width * spec.patch_values,
+        "head": (tokens["loss"] if executed else tokens["decoded"]) * dec.width * spec.decoder_outputs,
     }
     return {**out, "total": sum(out.values())}
 

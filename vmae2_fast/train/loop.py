@@ -223,7 +223,7 @@ class Trainer:
     def _validate(self) -> dict[str, Any]:
         if self.pending:
             self._flush()
-        with self.task.validation_views(self.run.quarantine) as views:
+        with self.optimizer.averaged(), self.task.validation_views(self.run.quarantine) as views:
             metrics = {**self.task.evaluate(views), "left_out": views.stats["bad"]}
         self.task.model.train()
         numbers = {k: v for k, v in metrics.items() if not isinstance(v, (list, dict))}
@@ -236,7 +236,8 @@ class Trainer:
         config, state = self.config, self.progress
         classes = class_names(config)
         meta = {"run": config.name, "step": state.step} | ({"classes": list(classes)} if classes else {})
-        save_weights(self.task.model, self.run.weights, meta)
+        with self.optimizer.averaged():
+            save_weights(self.task.model, self.run.weights, meta)
         self.log.cut(state.step, again="validation")
         validation = self._validate() if config.validation is not None else None
         clips = state.step * config.train.global_batch

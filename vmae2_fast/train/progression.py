@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -188,14 +189,22 @@ def _smoke_stage(stage: Stage) -> Stage:
         "optim": dataclasses.replace(stage.optim, warmup_epochs=min(stage.optim.warmup_epochs, 0.5)),
     }
     if isinstance(stage, DistillConfig):
-        changes["teacher"] = _small(stage.teacher)
+        # one size both patches divide: student and teacher see the same clips
+        size = math.lcm(_patch(stage.model), _patch(stage.teacher))
+        size *= -(-32 // size)
+        changes["model"] = dataclasses.replace(_small(stage.model), size=size)
+        changes["teacher"] = dataclasses.replace(_small(stage.teacher), size=size)
     if isinstance(stage, ClassifyConfig | DistillConfig):
         changes["views"] = ViewsConfig(segments=1, crops=1, batch=8)
     return dataclasses.replace(stage, **changes)
 
 
+def _patch(model: ModelConfig) -> int:
+    return resolve(model).patch
+
+
 def _small(model: ModelConfig) -> ModelConfig:
-    patch = model.patch or (14 if "patch14" in model.name else 16)
+    patch = _patch(model)
     shrunk = dataclasses.replace(
         model, size=min(model.size, 4 * patch), frames=min(model.frames, 8), width=32, depth=2, heads=2, drop_path=0.0
     )
