@@ -13,7 +13,9 @@ from vmae2_fast.ops import roi_align, roi_align_max
 BACKENDS = backends("roi_align_max")
 # batch, height, width, channels, boxes
 SHAPES = [(2, 9, 11, 3, 7), (3, 14, 14, 70, 20), (1, 1, 1, 16, 2), (2, 5, 1, 129, 4), (1, 16, 28, 192, 9)]
-OPTIONS = [{}, {"aligned": True}, {"size": 2, "sampling": 2}, {"size": 8, "aligned": True}, {"size": 1}, {"sampling": 3, "size": 3}]
+OPTIONS = [
+    {}, {"aligned": True}, {"size": 2, "sampling": 2}, {"size": 8, "aligned": True}, {"size": 1}, {"sampling": 3, "size": 3},
+]  # fmt: skip
 
 
 def inputs(batch: int, height: int, width: int, channels: int, count: int, *, patch: int = 16, seed: int = 0):

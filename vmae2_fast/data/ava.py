@@ -101,7 +101,8 @@ def _frame(where: str, columns: list[str]) -> str:
 def _box(where: str, columns: list[str]) -> list[float]:
     box = _numbers(where, columns, "box coordinates")
     if min(box) < -_LOOSE or max(box) > 1 + _LOOSE:
-        raise AvaError(f"{where}: box {','.join(columns)} lies outside the frame; coordinates are shares of it (0..1), not pixels")
+        given = ",".join(columns)
+        raise AvaError(f"{where}: box {given} lies outside the frame; coordinates are shares of it (0..1), not pixels")
     return box
 
 

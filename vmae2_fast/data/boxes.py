@@ -26,7 +26,7 @@ def from_shares(boxes: np.ndarray, width: int, height: int) -> np.ndarray:
 
 def to_shares(boxes: np.ndarray, width: int, height: int) -> np.ndarray:
     """Pixel boxes as shares of the frame, as result files hold them."""
-    return (boxes + (0, 0, 1, 1)) / (width, height, width, height)
+    return (boxes + np.array((0, 0, 1, 1))) / (width, height, width, height)
 
 
 def clip(boxes: np.ndarray, width: int, height: int) -> np.ndarray:

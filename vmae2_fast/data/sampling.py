@@ -31,6 +31,8 @@ class Purpose(enum.IntEnum):
     REPLACEMENT = 4
     SHUFFLE = 5
     INTERLEAVE = 6
+    BOXES = 7
+    SCALE = 8
 
 
 def _philox(seed: int, purpose: Purpose, counter: tuple[int, int, int]) -> np.random.Philox:

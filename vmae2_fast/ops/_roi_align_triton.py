@@ -58,8 +58,9 @@ def _roi_max_kernel(
     inside = c < channels
     image = tl.load(boxes_ptr + 5 * box).to(tl.int32)
     known = (image >= 0) & (image < batch)
-    x0, bin_x, count_x = _span(tl.load(boxes_ptr + 5 * box + 1), tl.load(boxes_ptr + 5 * box + 3), scale, BINS, SAMPLING, ALIGNED)
-    y0, bin_y, count_y = _span(tl.load(boxes_ptr + 5 * box + 2), tl.load(boxes_ptr + 5 * box + 4), scale, BINS, SAMPLING, ALIGNED)
+    corner = boxes_ptr + 5 * box + 1
+    x0, bin_x, count_x = _span(tl.load(corner), tl.load(corner + 2), scale, BINS, SAMPLING, ALIGNED)
+    y0, bin_y, count_y = _span(tl.load(corner + 1), tl.load(corner + 3), scale, BINS, SAMPLING, ALIGNED)
     base = features_ptr + image.to(tl.int64) * height * width * channels + c
     mask = inside & known
     best = tl.full([BLOCK], float("-inf"), tl.float32)
@@ -116,12 +117,9 @@ def _roi_max_backward_kernel(
     total = tl.zeros([BLOCK], tl.float32)
     for box in range(boxes):
         if tl.load(boxes_ptr + 5 * box).to(tl.int32) == image:
-            x0, bin_x, count_x = _span(
-                tl.load(boxes_ptr + 5 * box + 1), tl.load(boxes_ptr + 5 * box + 3), scale, BINS, SAMPLING, ALIGNED
-            )
-            y0, bin_y, count_y = _span(
-                tl.load(boxes_ptr + 5 * box + 2), tl.load(boxes_ptr + 5 * box + 4), scale, BINS, SAMPLING, ALIGNED
-            )
+            corner = boxes_ptr + 5 * box + 1
+            x0, bin_x, count_x = _span(tl.load(corner), tl.load(corner + 2), scale, BINS, SAMPLING, ALIGNED)
+            y0, bin_y, count_y = _span(tl.load(corner + 1), tl.load(corner + 3), scale, BINS, SAMPLING, ALIGNED)
             at = box * channels + c
             number = tl.load(where_ptr + at, mask=inside, other=0).to(tl.int32)
             share = to_float32(tl.load(grad_ptr + at, mask=inside, other=0.0))

@@ -60,7 +60,7 @@ def _weights(boxes: Tensor, height: int, width: int, **axis: Any) -> tuple[Tenso
 def images_of(boxes: Tensor, batch: int) -> Tensor:
     """Clip of each box, int64 [n]. Raises IndexError for one outside the batch, where looking costs no synchronisation."""
     images = boxes[:, 0].long()
-    if boxes.device.type == "cpu" and len(images) and not (0 <= int(images.min()) and int(images.max()) < batch):
+    if boxes.device.type == "cpu" and len(images) and not (int(images.min()) >= 0 and int(images.max()) < batch):
         worst = int(images.min()) if int(images.min()) < 0 else int(images.max())
         raise IndexError(f"roi_align_max: a box names clip {worst} of a batch of {batch}")
     return images

@@ -23,8 +23,7 @@ import torch
 from torch import Tensor
 
 from ..config import RunConfig
-from ..data.loader import Batch, VideoLoader
-from ..data.manifest import open_sources
+from ..data.loader import Batch
 from ..models.weights import load_weights, save_weights
 from ..tasks import Task, create_task
 from .checkpoint import load_checkpoint, newest_intact, save_checkpoint
@@ -98,13 +97,9 @@ class Trainer:
         train = config.train
         self.micro_batch = train.micro_batch or train.global_batch
         self.decodes = train.global_batch // config.data.views
-        self.loader = VideoLoader(
-            config.data, frames=config.model.frames, size=config.model.size, seed=config.seed, quarantine=run.quarantine,
-            clips_per_batch=self.micro_batch // config.data.views,
-        )  # fmt: skip
+        self.loader = self.task.training_loader(self.micro_batch // config.data.views, run.quarantine)
         self.task.check_labels(self.loader.sources)
-        if config.validation is not None:
-            self.task.check_labels(open_sources(config.validation))
+        self.task.check_validation()
         clips = self.loader.num_clips
         self.steps_per_epoch = clips / self.decodes
         self.total_steps = train.epochs * clips // self.decodes
@@ -231,7 +226,7 @@ class Trainer:
     def finish(self) -> dict[str, Any]:
         """Write the final weights, validate, and close the run with `done.json`."""
         config, state = self.config, self.progress
-        classes = class_names(config)
+        classes = self.task.class_names()
         meta = {"run": config.name, "step": state.step} | ({"classes": list(classes)} if classes else {})
         save_weights(self.task.model, self.run.weights, meta)
         self.log.cut(state.step, again="validation")
@@ -285,16 +280,6 @@ def accumulate(
         for name, value in out.items():
             sums[name] = sums[name] + value if name in sums else value
     return sums, replaced
-
-
-def class_names(config: RunConfig) -> tuple[str, ...] | None:
-    """Names of the model's classes, where the sources of its training or validation data agree on them."""
-    for data in filter(None, (config.data, config.validation)):
-        names = {source.label_names for source in open_sources(data)}
-        (first, *others) = names or {None}
-        if first and not others and len(first) == config.model.num_classes:
-            return first
-    return None
 
 
 def _mean(values: list[float]) -> float | None:
