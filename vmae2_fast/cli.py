@@ -15,7 +15,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -328,6 +328,74 @@ def bench(suite: tyro.conf.OmitSubcommandPrefixes[tyro.conf.OmitArgPrefixes[opti
     return result
 
 
+def score_ava(
+    annotations: tyro.conf.Positional[str],
+    results: tyro.conf.Positional[str],
+    *,
+    labels: str | None = None,
+    exclusions: str | None = None,
+    style: Literal["videomae", "activitynet", "mmaction2"] = "videomae",
+) -> dict[str, Any]:
+    """Frame-mAP of action detections, from files alone.
+
+    Example: vmae2 score ava ava_val_v2.2.csv detections.csv --labels ava_action_list_v2.2_for_activitynet_2019.pbtxt
+
+    Args:
+        annotations: ground truth, rows video,second,x1,y1,x2,y2,action,person.
+        results: detections, rows video,second,x1,y1,x2,y2,action,score.
+        labels: label map of the actions that count; without one all that are annotated.
+        exclusions: key frames that count for nothing, rows video,second.
+        style: the public evaluator to compute it as.
+    """
+    from .tasks.metrics.ava import score_files
+
+    found = score_files(annotations, results, labels=labels, exclusions=exclusions, style=style)
+    for name, value in found["per_class"].items():
+        print(f"  {name:<48} {100 * value:6.2f}")
+    print(f"frame-mAP ({style}) {100 * found['frame_map']:.2f} over {found['classes']} classes")
+    for what, count in found["left_out"].items():
+        print(f"warning: {count} {what}", file=sys.stderr)
+    return found
+
+
+def draw_ava(
+    video: tyro.conf.Positional[str],
+    results: tyro.conf.Positional[str],
+    *,
+    out: str = "actions.mp4",
+    labels: str | None = None,
+    name: str | None = None,
+    threshold: float = 0.3,
+    most: int = 3,
+    start_second: float = 0.0,
+) -> dict[str, Any]:
+    """Draw action detections on their video.
+
+    Example: vmae2 draw ava clip.mp4 detections.csv --labels labels.pbtxt --out clip.gif
+
+    Args:
+        video: the video file.
+        results: detections, rows video,second,x1,y1,x2,y2,action,score.
+        out: an .mp4 or .gif file.
+        labels: label map with the names of the actions.
+        name: of the video in the results; default the file's name without ending.
+        threshold: least score that is shown.
+        most: actions shown a box.
+        start_second: second of the first frame.
+    """
+    from .data.ava import read_label_map, read_results
+    from .draw_actions import draw_actions
+
+    names = read_label_map(labels) if labels is not None else {}
+    options: dict[str, Any] = {"name": name, "threshold": threshold, "most": most, "start_second": start_second}
+    written = draw_actions(video, read_results(results), out, names=names, **options)
+    print(f"wrote {written['out']}: {written['boxes']} boxes on {written['frames']} frames")
+    return written
+
+
+GROUPS: dict[str, dict[str, Callable[..., Any]]] = {"score": {"ava": score_ava}, "draw": {"ava": draw_ava}}
+"""Commands of two words: `vmae2 score ava`."""
+
 COMMANDS: dict[str, Callable[..., Any]] = {
     f.__name__: f for f in (recipes, env, reconstruct, classify, ledger, convert, report, bench)
 }
@@ -355,24 +423,34 @@ def _dispatch(arguments: list[str]) -> Any:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_usage())
         return {}
-    if arguments[0] not in COMMANDS:
-        from .config import unknown
+    from .config import unknown
 
-        raise ValueError(unknown("command", arguments[0], ["launch", *COMMANDS]))
-    command = COMMANDS[arguments[0]]
+    name, known = arguments[0], COMMANDS
+    if name in GROUPS:
+        _, *arguments = arguments
+        if not arguments or arguments[0] in ("-h", "--help"):
+            print("\n".join(_row(f"{name} {what}", command) for what, command in GROUPS[name].items()))
+            return {}
+        known, name = {f"{name} {what}": command for what, command in GROUPS[name].items()}, f"{name} {arguments[0]}"
+    if name not in known:
+        raise ValueError(unknown("command", name, ["launch", *COMMANDS, *GROUPS] if known is COMMANDS else list(known)))
+    command = known[name]
 
     @functools.wraps(command)
     def bound(*args: Any, **kwargs: Any) -> Any:
         return functools.partial(command, *args, **kwargs)  # parsed first, run after: only parsing is captured
 
-    return parse(bound, arguments[1:], f"vmae2 {arguments[0]}")()
+    return parse(bound, arguments[1:], f"vmae2 {name}")()
 
 
 def _usage() -> str:
     lines = ["usage: vmae2 COMMAND [--help] [--json] ...", "", __doc__.split("\n")[0], ""]
-    for name, command in {"launch": launch, **COMMANDS}.items():
-        lines.append(f"  {name:<12} {(command.__doc__ or '').splitlines()[0]}")
-    return "\n".join(lines)
+    grouped = {f"{group} {what}": command for group, members in GROUPS.items() for what, command in members.items()}
+    return "\n".join(lines + [_row(name, command) for name, command in {"launch": launch, **COMMANDS, **grouped}.items()])
+
+
+def _row(name: str, command: Callable[..., Any]) -> str:
+    return f"  {name:<12} {(command.__doc__ or '').splitlines()[0]}"
 
 
 def _expected(error: BaseException) -> bool:

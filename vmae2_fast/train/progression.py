@@ -109,7 +109,8 @@ def prepare(progression: Progression) -> dict[str, Any]:
     try:
         root.parent.mkdir(parents=True, exist_ok=True)
         if wanted.scenes == "boxes":
-            write_ava_scenes(root, train=max(8, round(64 * wanted.scale)), val=max(4, round(16 * wanted.scale)), seed=wanted.seed)
+            train, val = max(8, round(64 * wanted.scale)), max(4, round(16 * wanted.scale))
+            write_ava_scenes(root, train=train, val=val, seed=wanted.seed)
             return {"kind": "scenes with boxes in AVA's formats, as H.264 MP4", "train_is_test": False, "skipped": {}}
         if wanted.folder is not None:
             return prepare_folder(root, wanted.folder, size=wanted.size)
