@@ -157,7 +157,7 @@ class Batch:
 
     @functools.cached_property
     def people(self) -> tuple[Tensor, Tensor]:
-        """Features [B, h, w, width] averaged over time of a 256 x 448 clip, and boxes [n, 5] of a tenth to all of its height."""
+        """Features [B, h, w, width] of 256 x 448 clips, averaged over time, and boxes [n, 5] of all sizes."""
         patch = self.spec.patch
         h, w = -(-256 // patch), -(-448 // patch)
         count = self.clips * BOXES

@@ -108,7 +108,8 @@ def roi_align_max_by_clip(features: Tensor, boxes: Tensor, size: int, scale: flo
     """The same without a copy of the features for every box: one product for all boxes of a clip."""
     _, height, width, channels = features.shape
     axis: dict[str, Any] = {"size": size, "scale": scale, "sampling": 0, "aligned": False}
-    rows, columns = axis_weights(boxes[:, 2], boxes[:, 4], height, **axis), axis_weights(boxes[:, 1], boxes[:, 3], width, **axis)
+    rows = axis_weights(boxes[:, 2], boxes[:, 4], height, **axis)
+    columns = axis_weights(boxes[:, 1], boxes[:, 3], width, **axis)
     pooled = []
     for clip, image in enumerate(features.float()):
         mine = boxes[:, 0] == clip

@@ -13,6 +13,7 @@ from typing import Any
 from vmae2_fast.config import AvaConfig, AvaDataConfig, ModelConfig, OptimConfig, TrainConfig
 
 _SCRIPT = "VideoMAE action detection scripts (fine-tuned from Kinetics: base lr 5e-4)"
+_SCALES = (256, 320)  # of the short side: the paper says "random scale" without a range, this one is SlowFast's
 _PAPER = "VideoMAE V2 appendix, table of fine-tuning settings, column AVA / AVA-Kinetics"
 # The detection code's own colours (Caffe's), not ImageNet's: mean of 0..255 and one deviation.
 _MEAN, _STD = (122.7717 / 255, 115.9465 / 255, 102.9801 / 255), (57.375 / 255,) * 3
@@ -35,7 +36,9 @@ def ava_vit_huge(root: str = "data/ava") -> AvaConfig:
 
 def ava_vit_giant(root: str = "data/ava") -> AvaConfig:
     """ViT-g/14 on AVA v2.2, 10 epochs, batch 128. Published: 42.6."""
-    return _recipe("giant_patch14", "ava", root, lr=3e-4, epochs=10, warmup=2, layer_decay=0.9, drop_path=0.3, cites=_PAPER)
+    return _recipe(
+        "giant_patch14", "ava", root, lr=3e-4, epochs=10, warmup=2, layer_decay=0.9, drop_path=0.3, cites=_PAPER, scales=_SCALES
+    )
 
 
 def ava_kinetics_vit_base(root: str = "data/ava_kinetics") -> AvaConfig:
@@ -62,12 +65,14 @@ def ava_kinetics_vit_huge(root: str = "data/ava_kinetics") -> AvaConfig:
 def ava_kinetics_vit_giant(root: str = "data/ava_kinetics") -> AvaConfig:
     """ViT-g/14 on AVA-Kinetics, 10 epochs, batch 128. Published: 43.9."""
     return _recipe(
-        "giant_patch14", "ava_kinetics", root, lr=3e-4, epochs=10, warmup=2, layer_decay=0.9, drop_path=0.3, cites=_PAPER
-    )
+        "giant_patch14", "ava_kinetics", root, lr=3e-4, epochs=10, warmup=2, layer_decay=0.9, drop_path=0.3, cites=_PAPER,
+        scales=_SCALES,
+    )  # fmt: skip
 
 
 def _recipe(
-    size: str, data: str, root: str, *, lr: float, epochs: int, warmup: float, layer_decay: float, drop_path: float, cites: str
+    size: str, data: str, root: str, *, lr: float, epochs: int, warmup: float, layer_decay: float, drop_path: float, cites: str,
+    scales: tuple[int, int] = (256, 256),
 ) -> AvaConfig:
     common: dict[str, Any] = {
         "videos": f"{root}/videos", "labels": f"{root}/labels.pbtxt", "short_side": (256, 256), "stride": 4, "workers": 8,
@@ -78,7 +83,7 @@ def _recipe(
         model=ModelConfig(
             name=f"vit_{size}_224", num_classes=80, pooling="first", drop_path=drop_path, pixel_mean=_MEAN, pixel_std=_STD
         ),
-        data=AvaDataConfig(annotations=f"{root}/train.csv", flip=True, **common),
+        data=AvaDataConfig(annotations=f"{root}/train.csv", flip=True, **common | {"short_side": scales}),
         validation=AvaDataConfig(
             annotations=f"{root}/val.csv", boxes=f"{root}/people.csv", exclusions=f"{root}/exclusions.csv", **common
         ),

@@ -57,6 +57,7 @@ def test_a_class_that_lies_inside_the_box_is_learned(scenes: Path, tmp_path: Pat
     assert metrics["boxes"] == 32  # the low-scored ones are left out
     assert summary["classes"][11] == COLOURS[12][0]
     assert summary["classes"][1] == "2"
+    assert (tmp_path / "toy_ava" / "best.safetensors").exists()
 
     task = create_task(run)
     task.model.load_state_dict(_weights(summary["weights"]))

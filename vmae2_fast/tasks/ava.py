@@ -28,6 +28,7 @@ class AvaTask(Task[AvaConfig]):
     """
 
     model: Detector
+    best_by = "frame_map"
 
     def __init__(self, config: AvaConfig, device: torch.device | str = "cpu") -> None:
         super().__init__(config, device)
@@ -110,7 +111,7 @@ class AvaTask(Task[AvaConfig]):
         return truth, names, read_exclusions(data.exclusions) if data.exclusions else frozenset()
 
     def evaluate(self, views: Iterable[AvaClip]) -> dict[str, Any]:  # type: ignore[override]
-        """{"frame_map" in `config.style`, "frame_map_activitynet", "boxes", "per_class", "left_out"} on `config.validation`.
+        """{"frame_map" in `config.style`, "frame_map_activitynet", "boxes", "per_class", "not_counted"} on `config.validation`.
 
         Key frames whose video could not be decoded count as missed: their ground truth stays.
         """
@@ -133,5 +134,5 @@ class AvaTask(Task[AvaConfig]):
             "frame_map_activitynet": score("activitynet").mean,
             "boxes": len(found) // ACTIONS,
             "per_class": {names[action]: value for action, value in result.per_class.items()},
-            "left_out": result.left_out,
+            "not_counted": result.left_out,
         }

@@ -41,6 +41,8 @@ class Task(Generic[Config]):
     """One training task. Subclasses set `model` and define `loss`, `static_count` or `count`, and `evaluate`."""
 
     model: PretrainViT | VisionTransformer
+    best_by: str | None = None
+    """Metric of `evaluate` whose best weights a run keeps beside the last ones (`best.safetensors`)."""
 
     def __init__(self, config: Config, device: torch.device | str = "cpu") -> None:
         self.config = config

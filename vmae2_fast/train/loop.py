@@ -82,6 +82,8 @@ class Progress:
     skipped: int = 0
     skipped_in_a_row: int = 0
     replaced: dict[str, int] = dataclasses.field(default_factory=dict)
+    best: float | None = None
+    """Highest value so far of the metric the task keeps its best weights by."""
 
 
 class Trainer:
@@ -218,10 +220,19 @@ class Trainer:
         with self.task.validation_views(self.run.quarantine) as views:
             metrics = {**self.task.evaluate(views), "left_out": views.stats["bad"]}
         self.task.model.train()
+        self._keep_best(metrics)
         numbers = {k: v for k, v in metrics.items() if not isinstance(v, (list, dict))}
         self.log.write(kind="validation", step=self.progress.step, **numbers)
         self.mark = time.perf_counter()  # validation is not training time
         return metrics
+
+    def _keep_best(self, metrics: dict[str, Any]) -> None:
+        name, state = self.task.best_by, self.progress
+        value = None if name is None else metrics.get(name)
+        if name is None or value is None or not math.isfinite(value) or (state.best is not None and value <= state.best):
+            return
+        state.best = value
+        save_weights(self.task.model, self.run.best, {"run": self.config.name, "step": state.step, name: value})
 
     def finish(self) -> dict[str, Any]:
         """Write the final weights, validate, and close the run with `done.json`."""
