@@ -37,8 +37,9 @@ def ava_vit_huge(root: str = "data/ava") -> AvaConfig:
 def ava_vit_giant(root: str = "data/ava") -> AvaConfig:
     """ViT-g/14 on AVA v2.2, 10 epochs, batch 128. Published: 42.6."""
     return _recipe(
-        "giant_patch14", "ava", root, lr=3e-4, epochs=10, warmup=2, layer_decay=0.9, drop_path=0.3, cites=_PAPER, scales=_SCALES
-    )
+        "giant_patch14", "ava", root, lr=3e-4, epochs=10, warmup=2, layer_decay=0.9, drop_path=0.3, cites=_PAPER,
+        scales=_SCALES,
+    )  # fmt: skip
 
 
 def ava_kinetics_vit_base(root: str = "data/ava_kinetics") -> AvaConfig:
@@ -71,9 +72,9 @@ def ava_kinetics_vit_giant(root: str = "data/ava_kinetics") -> AvaConfig:
 
 
 def _recipe(
-    size: str, data: str, root: str, *, lr: float, epochs: int, warmup: float, layer_decay: float, drop_path: float, cites: str,
-    scales: tuple[int, int] = (256, 256),
-) -> AvaConfig:
+    size: str, data: str, root: str, *, lr: float, epochs: int, warmup: float, layer_decay: float, drop_path: float,
+    cites: str, scales: tuple[int, int] = (256, 256),
+) -> AvaConfig:  # fmt: skip
     common: dict[str, Any] = {
         "videos": f"{root}/videos", "labels": f"{root}/labels.pbtxt", "short_side": (256, 256), "stride": 4, "workers": 8,
     }  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterable, Iterator
 from itertools import groupby
 from typing import Any
@@ -41,10 +42,13 @@ class AvaTask(Task[AvaConfig]):
 
     def training_loader(self, clips_per_batch: int, quarantine: str | os.PathLike[str] | None = None) -> AvaLoader:
         config = self.config
-        return AvaLoader(
+        loader = AvaLoader(
             config.data, frames=config.model.frames, size=config.model.size, seed=config.seed, quarantine=quarantine,
             clips_per_batch=clips_per_batch,
         )  # fmt: skip
+        if loader.boxless:
+            print(f"{config.name}: {loader.boxless} key frames without boxes are left out of training", file=sys.stderr)
+        return loader
 
     def validation_views(self, quarantine: str | os.PathLike[str] | None = None) -> AvaEvaluationLoader:
         if self.config.validation is None:
@@ -111,7 +115,8 @@ class AvaTask(Task[AvaConfig]):
         return truth, names, read_exclusions(data.exclusions) if data.exclusions else frozenset()
 
     def evaluate(self, views: Iterable[AvaClip]) -> dict[str, Any]:  # type: ignore[override]
-        """{"frame_map" in `config.style`, "frame_map_activitynet", "boxes", "per_class", "not_counted"} on `config.validation`.
+        """{"frame_map" in `config.style`, "frame_map_activitynet", "boxes", "per_class", "not_counted"} on
+        `config.validation`.
 
         Key frames whose video could not be decoded count as missed: their ground truth stays.
         """
@@ -129,10 +134,13 @@ class AvaTask(Task[AvaConfig]):
             return frame_map(truth, rows, names, exclusions=exclusions, style=style)
 
         result = score(self.config.style)
+        not_counted = dict(result.left_out)
+        if isinstance(views, AvaEvaluationLoader) and views.boxless:
+            not_counted["key frames without a box to look at"] = views.boxless
         return {
             "frame_map": result.mean,
             "frame_map_activitynet": score("activitynet").mean,
             "boxes": len(found) // ACTIONS,
             "per_class": {names[action]: value for action, value in result.per_class.items()},
-            "not_counted": result.left_out,
+            "not_counted": not_counted,
         }
