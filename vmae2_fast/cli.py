@@ -328,6 +328,42 @@ def bench(suite: tyro.conf.OmitSubcommandPrefixes[tyro.conf.OmitArgPrefixes[opti
     return result
 
 
+def detect_ava(
+    run: tyro.conf.Positional[str], *, out: str = "detections.csv", weights: str | None = None
+) -> dict[str, Any]:
+    """Write the detections of a trained action detector on its validation set.
+
+    Example: vmae2 detect ava runs/ava_vit_base --out detections.csv
+
+    Args:
+        run: run directory of an AVA recipe.
+        out: result file, rows video,second,x1,y1,x2,y2,action,score.
+        weights: default those of the best validation, else the last ones.
+    """
+    from .config import AvaConfig
+    from .data.ava import write_results
+    from .models import load_weights
+    from .tasks import AvaTask
+
+    folder, target = Path(run), Path(out)
+    config = load(folder / "config.json")
+    if not isinstance(config, AvaConfig):
+        raise ValueError(f"{folder} holds no action detector but a {type(config).__name__}")
+    if not target.parent.is_dir():
+        raise ValueError(f"{target.parent}: no such folder; make it or choose another --out")
+    best = folder / "best.safetensors"
+    source = weights or str(best if best.exists() else folder / "weights.safetensors")
+    task = AvaTask(config)
+    load_weights(task.model, source)
+    with task.validation_views() as views:
+        count = write_results(target, task.detections(views))
+        bad = views.stats["bad"]
+    for path, times in bad.items():
+        print(f"warning: {path}: {times} key frames could not be decoded", file=sys.stderr)
+    print(f"wrote {target}: {count} rows, weights {source}")
+    return {"out": str(target), "rows": count, "weights": source, "left_out": bad}
+
+
 def score_ava(
     annotations: tyro.conf.Positional[str],
     results: tyro.conf.Positional[str],
@@ -393,7 +429,9 @@ def draw_ava(
     return written
 
 
-GROUPS: dict[str, dict[str, Callable[..., Any]]] = {"score": {"ava": score_ava}, "draw": {"ava": draw_ava}}
+GROUPS: dict[str, dict[str, Callable[..., Any]]] = {
+    "detect": {"ava": detect_ava}, "score": {"ava": score_ava}, "draw": {"ava": draw_ava},
+}  # fmt: skip
 """Commands of two words: `vmae2 score ava`."""
 
 COMMANDS: dict[str, Callable[..., Any]] = {

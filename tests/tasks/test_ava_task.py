@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
+from vmae2_fast import cli
 from vmae2_fast.config import AvaConfig, AvaDataConfig, ModelConfig, OptimConfig, TrainConfig
 from vmae2_fast.data.ava import ACTIONS, AvaError, read_annotations, write_results
 from vmae2_fast.data.ava_loader import AvaBatch
@@ -66,6 +67,10 @@ def test_a_class_that_lies_inside_the_box_is_learned(scenes: Path, tmp_path: Pat
     write_results(tmp_path / "det.csv", rows)
     again = score_files(scenes / "val.csv", tmp_path / "det.csv", labels=scenes / "labels.pbtxt")
     assert again["frame_map"] == pytest.approx(metrics["frame_map"], abs=0.02)  # five decimals make ties
+    cli.main(["detect", "ava", str(tmp_path / "toy_ava"), "--out", str(tmp_path / "best.csv")])
+    assert len((tmp_path / "best.csv").read_text().splitlines()) == 32 * ACTIONS
+    best_map = score_files(scenes / "val.csv", tmp_path / "best.csv", labels=scenes / "labels.pbtxt")["frame_map"]
+    assert best_map == pytest.approx(metrics["frame_map"], abs=0.02)
     # The two boxes of a clip get different classes.
     truth = read_annotations(scenes / "val.csv")
     best: dict[tuple, tuple[float, int]] = {}
