@@ -119,6 +119,25 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         },
         release());
 
+  m.def("roi_align_max",
+        [](uintptr_t features, int dtype, int64_t batch, int64_t height, int64_t width, int64_t channels, uintptr_t boxes,
+           int64_t count, int64_t size, float scale, int64_t sampling, bool aligned, uintptr_t pooled, uintptr_t where,
+           int threads) {
+          roi_align_max({at<const void>(features), Dtype(dtype), batch, height, width, channels, at<const float>(boxes), count,
+                         size, scale, sampling, aligned},
+                        at<void>(pooled), at<uint8_t>(where), threads);
+        },
+        release());
+  m.def("roi_align_max_backward",
+        [](uintptr_t grad, int dtype, int64_t batch, int64_t height, int64_t width, int64_t channels, uintptr_t boxes,
+           int64_t count, int64_t size, float scale, int64_t sampling, bool aligned, uintptr_t where, uintptr_t out,
+           int threads) {
+          roi_align_max_backward({nullptr, Dtype(dtype), batch, height, width, channels, at<const float>(boxes), count, size,
+                                  scale, sampling, aligned},
+                                 at<const void>(grad), at<const uint8_t>(where), at<void>(out), threads);
+        },
+        release());
+
 #ifdef VMAE2_WITH_CUDA
   define_ops<std::pair<int, uintptr_t>>(m, "_cuda");
   m.def("reconstruction_loss_cuda",

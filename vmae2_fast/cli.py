@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from . import __version__, backend, cli_classify, cli_data
+from . import __version__, backend, cli_ava, cli_classify, cli_data
 from .benchmarks import options
 from .config import MaskConfig, ModelConfig, Progression, load
 
@@ -299,6 +299,9 @@ def bench(suite: tyro.conf.OmitSubcommandPrefixes[tyro.conf.OmitArgPrefixes[opti
     return result
 
 
+GROUPS: dict[str, dict[str, Callable[..., Any]]] = cli_ava.COMMANDS
+"""Commands of two words: `vmae2 score ava`."""
+
 COMMANDS: dict[str, Callable[..., Any]] = {
     f.__name__: f for f in (recipes, env, reconstruct, *cli_classify.COMMANDS, ledger, convert, report, bench)
 }
@@ -329,11 +332,19 @@ def _dispatch(arguments: list[str]) -> Any:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_usage())
         return {}
-    if arguments[0] not in COMMANDS:
-        from .config import unknown
+    from .config import unknown
 
-        raise ValueError(unknown("command", arguments[0], [*_WITH_OWN_FLAGS, *COMMANDS]))
-    return call(COMMANDS[arguments[0]], arguments[1:], f"vmae2 {arguments[0]}")
+    name, known = arguments[0], COMMANDS
+    if name in GROUPS and (name not in COMMANDS or (arguments[1:2] and arguments[1] in GROUPS[name])):
+        _, *arguments = arguments
+        if not arguments or arguments[0] in ("-h", "--help"):
+            print(usage(f"vmae2 {name} COMMAND [--help] [--json] ...", f"`vmae2 {name}` of detections.", GROUPS[name]))
+            return {}
+        known, name = {f"{name} {what}": command for what, command in GROUPS[name].items()}, f"{name} {arguments[0]}"
+    if name not in known:
+        there = [*_WITH_OWN_FLAGS, *COMMANDS, *GROUPS] if known is COMMANDS else list(known)
+        raise ValueError(unknown("command", name, there))
+    return call(known[name], arguments[1:], f"vmae2 {name}")
 
 
 def call(command: Callable[..., Any], arguments: list[str], prog: str) -> Any:
@@ -347,7 +358,8 @@ def call(command: Callable[..., Any], arguments: list[str], prog: str) -> Any:
 
 
 def _usage() -> str:
-    commands = {**_WITH_OWN_FLAGS, **COMMANDS}
+    grouped = {f"{group} {what}": command for group, members in GROUPS.items() for what, command in members.items()}
+    commands = {**_WITH_OWN_FLAGS, **COMMANDS, **grouped}
     return usage("vmae2 COMMAND [--help] [--json] ...", __doc__.split("\n")[0], commands)
 
 

@@ -43,6 +43,8 @@ class StreamInfo(NamedTuple):
     pts: np.ndarray | None
     """Sorted timestamps int64 [num_frames] in units of the stream's time base, or None where the file cannot be trusted
     with them (missing or doubled, or packed B-frames possible): frames are then counted in decoding order."""
+    seconds: np.ndarray | None
+    """The same as float64 seconds from the first frame on."""
 
 
 class FrameCache:
@@ -170,15 +172,17 @@ def _probe(path: str) -> StreamInfo:
         packets = [packet for packet in _packets(container, stream) if not packet.is_discard]
         times = [packet.pts for packet in packets]
         # AVI stores no presentation times; with MPEG-4's packed B-frames the made-up ones differ from the frames' own
+        unit = stream.time_base
         packed = container.format.name == "avi" and stream.codec_context.name == "mpeg4"
     if times and not packed and None not in times and len(set(times)) == len(times):
-        return StreamInfo(len(times), np.sort(np.asarray(times, dtype=np.int64)))
+        table = np.sort(np.asarray(times, dtype=np.int64))
+        return StreamInfo(len(times), table, (table - table[0]) * float(unit))
     container, stream = _open(path)
     with container:
         count = sum(1 for _ in _frames(container, stream))
     if not count:
         raise DecodeError(path, "holds no decodable video frame")
-    return StreamInfo(count, None)
+    return StreamInfo(count, None, None)
 
 
 def _guarded(path: str, function: Any, *arguments: Any) -> Any:

@@ -70,6 +70,15 @@ class VideoViews:
     """Number of the video in the concatenated lists."""
 
 
+class Draw(NamedTuple):
+    """What the random numbers of a clip depend on."""
+
+    seed: int
+    epoch: int
+    position: int
+    attempt: int
+
+
 class BadDataError(RuntimeError):
     """Too many clips cannot be decoded."""
 
@@ -79,7 +88,7 @@ class _Reader:
 
     def __init__(self, data: DataConfig, quarantine: str | os.PathLike[str] | None) -> None:
         self.data = data
-        self.sources: list[Source] = open_sources(data)
+        self.sources: list[Source] = self._open(data)
         self.cache = FrameCache(data.cache_mb << 20) if data.cache_mb else None
         self.decoded = self.replaced = 0
         self.bad: Counter[str] = Counter()
@@ -87,6 +96,9 @@ class _Reader:
         self._quarantined = self._known_bad()
         # weak: a loop that breaks off drops its iteration, which then ends its own threads
         self._running: weakref.WeakSet[Generator[Any, None, None]] = weakref.WeakSet()
+
+    def _open(self, data: Any) -> list[Source]:
+        return open_sources(data)
 
     @property
     def label_names(self) -> tuple[str, ...] | None:
@@ -217,12 +229,12 @@ class VideoLoader(_Reader):
         """Clips of an epoch."""
         return len(self.mixture)
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Any]:
         return self._start(self._batches())
 
-    def _batches(self) -> Generator[Batch, None, None]:
+    def _batches(self) -> Generator[Any, None, None]:
         pool = ThreadPoolExecutor(max(self.data.workers, 1), thread_name_prefix="vmae2-decode")
-        ahead: deque[tuple[torch.Tensor, list[int], list[Future[tuple[int, str, list[Replaced]]]]]] = deque()
+        ahead: deque[tuple[torch.Tensor, list[int], list[Future[tuple[Any, str, list[Replaced]]]]]] = deque()
         submitted, step, begin = 0, self.clips_per_batch * self.world, self.position
         try:
             while True:
@@ -245,14 +257,8 @@ class VideoLoader(_Reader):
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
-    def _collect(self, clip: torch.Tensor, positions: list[int], done: list[tuple[int, str, list[Replaced]]]) -> Batch:
-        views = self.data.views
-        failures = [failure for _, _, failed in done for failure in failed]
-        self.decoded += len(done)
-        self.replaced += sum(1 for _, _, failed in done if failed)
-        if failures:
-            self.note(failures)
-            self.judge()
+    def _collect(self, clip: torch.Tensor, positions: list[int], done: list[tuple[Any, str, list[Replaced]]]) -> Any:
+        views, failures = self.data.views, self._count(done)
         return Batch(
             clip=clip,
             label=torch.tensor([label for label, _, _ in done]).repeat_interleave(views),
@@ -262,7 +268,17 @@ class VideoLoader(_Reader):
             replaced=failures,
         )
 
-    def _fill(self, position: int, out: torch.Tensor) -> tuple[int, str, list[Replaced]]:
+    def _count(self, done: list[tuple[Any, str, list[Replaced]]]) -> list[Replaced]:
+        """Take note of a batch's failures, and return them."""
+        failures = [failure for _, _, failed in done for failure in failed]
+        self.decoded += len(done)
+        self.replaced += sum(1 for _, _, failed in done if failed)
+        if failures:
+            self.note(failures)
+            self.judge()
+        return failures
+
+    def _fill(self, position: int, out: torch.Tensor) -> tuple[Any, str, list[Replaced]]:
         """Decode the clip of a position (or its first good replacement) into `out` [views, T, H, W, C]."""
         epoch = position // len(self.mixture)
         failures: list[Replaced] = []
@@ -273,22 +289,27 @@ class VideoLoader(_Reader):
                 place = epoch * len(self.mixture) + int(rng.randint(len(self.mixture)))
             number, index = self.mixture.record(place)
             source = self.sources[number]
-            record = source.manifest[index]
-            choose = functools.partial(
-                self.planner.frame_ids, stride=source.stride, epoch=epoch, position=position, attempt=attempt
-            )
             try:
-                video, path = self.read(source, record, choose)
+                label, path = self._cut(source, index, out, Draw(self.seed, epoch, position, attempt))
             except DecodeError as error:
-                failures.append(Replaced(position, source.path(record), error.reason))
+                failures.append(Replaced(position, source.path(source.manifest[index]), error.reason))
                 continue
-            height, width = video.shape[1:3]
-            plans = self.planner.view_plans(height, width, epoch, position, attempt)
-            cut_views(video, plans, self.size, out=out, threads=1)
-            return record.label, path, failures
+            return label, path, failures
         last = failures[-1]
         tried = f"no clip found for position {position} in {len(failures)} attempts"
         raise BadDataError(f"{tried}; last: {last.path}: {last.reason}")
+
+    def _cut(self, source: Source, index: int, out: torch.Tensor, draw: Draw) -> tuple[Any, str]:
+        """Decode clip `index` of a source into `out` [views, T, H, W, C]; its label and path. Raises DecodeError."""
+        record = source.manifest[index]
+        choose = functools.partial(
+            self.planner.frame_ids, stride=source.stride, epoch=draw.epoch, position=draw.position, attempt=draw.attempt
+        )
+        video, path = self.read(source, record, choose)
+        height, width = video.shape[1:3]
+        plans = self.planner.view_plans(height, width, draw.epoch, draw.position, draw.attempt)
+        cut_views(video, plans, self.size, out=out, threads=1)
+        return record.label, path
 
 
 class EvaluationLoader(_Reader):
@@ -322,14 +343,14 @@ class EvaluationLoader(_Reader):
     def __len__(self) -> int:
         return len(self._numbers)
 
-    def __iter__(self) -> Iterator[VideoViews]:
+    def __iter__(self) -> Iterator[Any]:
         return self._start(self._videos())
 
-    def _videos(self) -> Generator[VideoViews, None, None]:
+    def _videos(self) -> Generator[Any, None, None]:
         self.decoded = self.replaced = 0
         self.bad.clear()
         pool = ThreadPoolExecutor(max(self.data.workers, 1), thread_name_prefix="vmae2-decode")
-        ahead: deque[Future[VideoViews | Replaced]] = deque()
+        ahead: deque[Future[Any]] = deque()
         indices = iter(self._numbers)
         try:
             while True:
@@ -354,7 +375,7 @@ class EvaluationLoader(_Reader):
             return sampling.segment_test_views(num_frames, self.frames, self.segments).reshape(-1)
         return sampling.dense_test_views(num_frames, self.frames, stride, self.segments).reshape(-1)
 
-    def _views(self, index: int) -> VideoViews | Replaced:
+    def _views(self, index: int) -> Any:
         number = int(np.searchsorted(self._ends, index, side="right"))
         source = self.sources[number]
         record = source.manifest[index - (int(self._ends[number - 1]) if number else 0)]

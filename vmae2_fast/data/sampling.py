@@ -35,6 +35,8 @@ class Purpose(enum.IntEnum):
     ERASE = 8
     MIX = 9
     SUBSET = 10
+    BOXES = 11
+    SCALE = 12
 
 
 def _philox(seed: int, purpose: Purpose, counter: tuple[int, int, int]) -> np.random.Philox:

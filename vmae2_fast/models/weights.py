@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from ..config import to_dict
 from .classify import VisionTransformer
+from .detect import Detector
 from .formats import Checkpoint, read_checkpoint
 from .kinetics import MERGED, PARTS, label_map
 from .positions import resize_table
@@ -115,6 +116,8 @@ def _plan(model: Model, checkpoint: Checkpoint, head: Any, checkpoint_grid: tupl
         unused = (*PRETRAIN_ONLY, "norm.") if pretrained and model.config.pooling != "first" else PRETRAIN_ONLY
         for key in [k for k in state if k.startswith(unused)]:
             plan.dropped.append(state.pop(key)[0])
+        if isinstance(model, Detector) and "norm.weight" not in state:
+            _plan_norm(plan, state, wanted, model.norm_from_head)
         has_head = "head.weight" in state
         if has_head:
             _plan_head(plan, state, wanted, head)
@@ -162,6 +165,17 @@ _DECODER_HEAD = ("decoder.head.weight", "decoder.head.bias")
 
 def _other_target(state: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
     return all(key in state and state[key][1].shape != wanted[key] for key in _DECODER_HEAD)
+
+
+def _plan_norm(plan: _Plan, state: dict[str, tuple[str, Tensor]], wanted: Mapping[str, Any], from_head: bool) -> None:
+    """A detector's norm of every token, out of a classifier that has one of the pooled features only."""
+    for name in ("weight", "bias"):
+        given = state.pop(f"fc_norm.{name}", None)
+        if given is not None and from_head and given[1].shape == wanted[f"norm.{name}"]:
+            plan.put(f"norm.{name}", *given)
+        else:
+            plan.dropped += [given[0]] if given is not None else []
+            plan.initialised.append(f"norm.{name}")
 
 
 def _plan_head(plan: _Plan, state: dict[str, tuple[str, Tensor]], wanted: Mapping[str, Any], head: Any) -> None:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ..config import RunConfig
-from ..data.loader import Batch, EvaluationLoader, VideoViews
-from ..data.manifest import Source
+from ..data.loader import Batch, EvaluationLoader, VideoLoader, VideoViews
+from ..data.manifest import Source, open_sources
 from ..models import PretrainViT, VisionTransformer
 
 Config = TypeVar("Config", bound=RunConfig)
@@ -41,6 +41,8 @@ class Task(Generic[Config]):
     """One training task. Subclasses set `model` and define `loss`, `static_count` or `count`, and `evaluate`."""
 
     model: PretrainViT | VisionTransformer
+    best_by: str | None = None
+    """Metric of `evaluate` whose best weights a run keeps beside the last ones (`best.safetensors`)."""
 
     def __init__(self, config: Config, device: torch.device | str = "cpu") -> None:
         self.config = config
@@ -54,6 +56,28 @@ class Task(Generic[Config]):
     def needs_labels(self) -> bool:
         """Whether the loss reads labels, so that every clip must have one."""
         return False
+
+    def training_loader(self, clips_per_batch: int, quarantine: str | os.PathLike[str] | None = None) -> VideoLoader:
+        """Batches of `config.data`, `clips_per_batch` decodes each."""
+        config = self.config
+        return VideoLoader(
+            config.data, frames=config.model.frames, size=config.model.size, seed=config.seed, quarantine=quarantine,
+            clips_per_batch=clips_per_batch,
+        )  # fmt: skip
+
+    def class_names(self) -> tuple[str, ...] | None:
+        """Names of the model's classes, where the sources of its training or validation data agree on them."""
+        for data in filter(None, (self.config.data, self.config.validation)):
+            names = {source.label_names for source in open_sources(data)}
+            (first, *others) = names or {None}
+            if first and not others and len(first) == self.config.model.num_classes:
+                return first
+        return None
+
+    def check_validation(self) -> None:
+        """Raises ValueError for validation data that cannot be used, before anything is trained."""
+        if self.config.validation is not None:
+            self.check_labels(open_sources(self.config.validation))
 
     def check_labels(self, sources: Iterable[Source]) -> None:
         """Raises ValueError naming the first clip whose label is missing or out of range, or a source with another number of

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import (
+    AvaConfig,
     ClassifyConfig,
     DistillConfig,
     ModelConfig,
@@ -29,6 +30,7 @@ from ..config import (
 )
 from ..data.prepare import prepare_folder, prepare_scenes
 from ..data.synthetic import CLASSES
+from ..data.synthetic_ava import write_ava_scenes
 from ..models import resolve
 from ..ops.masks import mask_sizes
 from .loop import train
@@ -107,6 +109,10 @@ def prepare(progression: Progression) -> dict[str, Any]:
     root = Path(progression.out) / "data"
     try:
         root.parent.mkdir(parents=True, exist_ok=True)
+        if wanted.scenes == "boxes":
+            train, val = max(8, round(64 * wanted.scale)), max(4, round(16 * wanted.scale))
+            write_ava_scenes(root, train=train, val=val, seed=wanted.seed)
+            return {"kind": "scenes with boxes in AVA's formats, as H.264 MP4", "train_is_test": False, "skipped": {}}
         if wanted.folder is not None:
             return prepare_folder(root, wanted.folder, size=wanted.size)
         return prepare_scenes(root, size=wanted.size, scale=wanted.scale, seed=wanted.seed)
@@ -153,7 +159,7 @@ def smoke(run: Stage | Progression) -> Progression:
     return Progression(
         name=f"{run.name}_smoke",
         cites=run.cites,
-        prepare=PrepareConfig(scale=_SMOKE_SCALE),
+        prepare=PrepareConfig(scale=_SMOKE_SCALE, scenes="boxes" if isinstance(stages[0], AvaConfig) else "moving"),
         stages=tuple(_smoke_stage(_on_scenes(stage, out)) for stage in stages),
         out=out,
     )
@@ -162,7 +168,18 @@ def smoke(run: Stage | Progression) -> Progression:
 _SMOKE_SCALE = 0.05
 
 
+def _on_boxes(stage: AvaConfig, out: str) -> Stage:
+    root = f"{out}/data"
+    data = dataclasses.replace(
+        stage.data, videos=f"{root}/videos", annotations=f"{root}/train.csv", labels=f"{root}/labels.pbtxt", exclusions=None
+    )
+    validation = dataclasses.replace(data, annotations=f"{root}/val.csv", boxes=f"{root}/people.csv", flip=False)
+    return dataclasses.replace(stage, data=data, validation=validation, init=None)
+
+
 def _on_scenes(stage: Stage, out: str) -> Stage:
+    if isinstance(stage, AvaConfig):
+        return _on_boxes(stage, out)
     labelled = not isinstance(stage, PretrainConfig)
     sources = ("labeled_video", "labeled_frames") if labelled else ("unlabeled_video", "unlabeled_frames")
     data = dataclasses.replace(
@@ -194,6 +211,11 @@ def _smoke_stage(stage: Stage) -> Stage:
         size *= -(-32 // size)
         changes["model"] = dataclasses.replace(_small(stage.model), size=size)
         changes["teacher"] = dataclasses.replace(_small(stage.teacher), size=size)
+    if isinstance(stage, AvaConfig):
+        side = changes["model"].size
+        changes["data"] = dataclasses.replace(changes["data"], short_side=(side, side))
+        if stage.validation is not None:
+            changes["validation"] = dataclasses.replace(stage.validation, workers=1, short_side=(side, side))
     if isinstance(stage, ClassifyConfig | DistillConfig):
         changes["views"] = ViewsConfig(segments=1, crops=1, batch=8)
     return dataclasses.replace(stage, **changes)
@@ -218,6 +240,8 @@ def describe(run: RunConfig | Progression) -> list[str]:
     if isinstance(run, Progression):
         return [f"progression {run.name} -> {run.out}"] + ["  " + line for stage in run.stages for line in describe(stage)]
     sources = ", ".join(f"{s.name}" + (f" x{s.weight:g}" if s.weight != 1 else "") for s in run.data.sources)
+    if isinstance(run, AvaConfig):
+        sources = f"key frames of {run.data.annotations}"
     line = f"{run.name}: {run.model.name} {run.model.frames}x{run.model.size}^2, batch {run.train.global_batch}"
     line += f", {run.train.epochs} epochs, lr {run.optim.lr:g}, {run.train.precision}, data {sources or '(none)'}"
     return [line + (f", from {run.init}" if run.init else "")]
