@@ -5,7 +5,10 @@ every output has one writer: the backward is deterministic, for seven products w
 
 A head dim that is no power of two is split in two operands, HEAD + TAIL columns (88 = 64 + 24 of 32), each loaded and
 multiplied on its own: padding 88 to 128 would cost a third more work, registers and shared memory. Without a tail its
-operands are two columns of zeros that the compiler drops. Scores are in base 2 (`scale` carries log2 e).
+second operand stands for nothing and is never used.
+
+`steep` is the scale of the scores in the unit of their exponentials: base 2 saves an operation a score, base e costs float32
+(whose products are slow anyway) no bit where a log-sum-exp is subtracted from a score that nearly equals it.
 """
 
 from __future__ import annotations
@@ -28,6 +31,16 @@ def _rounded(x, dtype: tl.constexpr):
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
         return tl.where(x != x, x, bits.to(tl.float32, bitcast=True))
     return x.to(dtype)
+
+
+@triton.jit
+def _unit(scale, dtype: tl.constexpr):
+    return scale if dtype == tl.float32 else scale * LOG2_E
+
+
+@triton.jit
+def _exp(x, dtype: tl.constexpr):
+    return tl.exp(x) if dtype == tl.float32 else tl.exp2(x)
 
 
 @triton.jit
@@ -132,36 +145,37 @@ def _walk(first, n, window, BLOCK: tl.constexpr, STEP: tl.constexpr, BAND: tl.co
 
 @triton.jit
 def _forward_step(
-    start, q0, q1, k_base, v_base, rows, n, stride, scale, window, peak, total, sum0, sum1,
+    at, q0, q1, k_base, v_base, rows, n, stride, steep, window, peak, total, sum0, sum1,
     D: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, STEP: tl.constexpr,
     NEGATIVE: tl.constexpr, MASKED: tl.constexpr, BAND: tl.constexpr,
 ):  # fmt: skip
-    columns = start + tl.arange(0, STEP)
+    kind: tl.constexpr = k_base.dtype.element_ty
+    columns = at + tl.arange(0, STEP)
     k0, k1 = _load2(k_base, columns, n, stride, D, HEAD, TAIL, MASKED)
     scores = _outer(q0, q1, k0, k1, TAIL)
     if MASKED:
         valid = _banded(rows[:, None], columns[None, :], n, window, BAND)
-        scores = tl.where(valid, scores * scale, float("-inf"))
+        scores = tl.where(valid, scores * steep, float("-inf"))
         higher = tl.maximum(peak, tl.max(scores, 1))
         base = higher
         if BAND:  # nothing of this step, nor of those before, may be within a row's window
             base = tl.where(higher == float("-inf"), 0.0, higher)
-        p = tl.exp2(scores - base[:, None])
+        p = _exp(scores - base[:, None], kind)
     else:  # the scale enters the maximum once a row, and the exponent by one fused operation
-        higher = tl.maximum(peak, (tl.min(scores, 1) if NEGATIVE else tl.max(scores, 1)) * scale)
+        higher = tl.maximum(peak, (tl.min(scores, 1) if NEGATIVE else tl.max(scores, 1)) * steep)
         base = higher
-        p = tl.exp2(scores * scale - base[:, None])
-    shrink = tl.exp2(peak - base)
+        p = _exp(scores * steep - base[:, None], kind)
+    shrink = _exp(peak - base, kind)
     total = total * shrink + tl.sum(p, 1)
     sum0 = sum0 * shrink[:, None]
     if TAIL:
         sum1 = sum1 * shrink[:, None]
     v0, v1 = _load2(v_base, columns, n, stride, D, HEAD, TAIL, MASKED)
-    sum0, sum1 = _accumulate(_rounded(p, k_base.dtype.element_ty), v0, v1, sum0, sum1, TAIL)
+    sum0, sum1 = _accumulate(_rounded(p, kind), v0, v1, sum0, sum1, TAIL)
     return higher, total, sum0, sum1
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "h", "window"])
 def forward(
     qkv, out, lse, n, h, scale, window,
     D: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
@@ -169,7 +183,10 @@ def forward(
 ):  # fmt: skip
     """out and lse of BLOCK queries of one head, in steps of STEP keys."""
     first, row, inside, outside = _place(n, h, D, BLOCK)
+    kind: tl.constexpr = qkv.dtype.element_ty
+    steep = _unit(scale, kind)
     rows, stride = first + tl.arange(0, BLOCK), 3 * h * D
+    near = tl.minimum(rows, n - 1)  # a row beyond the end sees what the last one sees, not nothing
     q_base, k_base, v_base = qkv + inside, qkv + inside + h * D, qkv + inside + 2 * h * D
     q0, q1 = _load2(q_base, rows, n, stride, D, HEAD, TAIL, True)
     peak = tl.full([BLOCK], float("-inf"), tl.float32)
@@ -179,35 +196,37 @@ def forward(
     if not BAND:
         for at in tl.range(start, whole, STEP):
             peak, total, sum0, sum1 = _forward_step(
-                at, q0, q1, k_base, v_base, rows, n, stride, scale, window, peak, total, sum0, sum1,
+                at, q0, q1, k_base, v_base, near, n, stride, steep, window, peak, total, sum0, sum1,
                 D, HEAD, TAIL, STEP, NEGATIVE, False, False,
             )  # fmt: skip
     for at in tl.range(whole, end, STEP):
         peak, total, sum0, sum1 = _forward_step(
-            at, q0, q1, k_base, v_base, rows, n, stride, scale, window, peak, total, sum0, sum1,
+            at, q0, q1, k_base, v_base, near, n, stride, steep, window, peak, total, sum0, sum1,
             D, HEAD, TAIL, STEP, NEGATIVE, True, BAND,
         )  # fmt: skip
-    tl.store(lse + row + rows, (peak + tl.log2(total)) * LN_2, mask=rows < n)
+    log = peak + tl.log(total) if kind == tl.float32 else (peak + tl.log2(total)) * LN_2
+    tl.store(lse + row + rows, log, mask=rows < n)
     part = (1.0 / total)[:, None]
     _store2(out + outside, rows, n, h * D, sum0 * part, sum1 * part, D, HEAD, TAIL)
 
 
 @triton.jit
 def _query_step(
-    at, q0, q1, g0, g1, k_base, v_base, rows, n, stride, scale, window, lse, delta, dq0, dq1,
+    at, q0, q1, g0, g1, k_base, v_base, rows, n, stride, steep, window, lse, delta, dq0, dq1,
     D: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, STEP: tl.constexpr, MASKED: tl.constexpr, BAND: tl.constexpr,
 ):  # fmt: skip
     columns = at + tl.arange(0, STEP)
     k0, k1 = _load2(k_base, columns, n, stride, D, HEAD, TAIL, MASKED)
     v0, v1 = _load2(v_base, columns, n, stride, D, HEAD, TAIL, MASKED)
-    p = tl.exp2(_outer(q0, q1, k0, k1, TAIL) * scale - lse[:, None])
+    kind: tl.constexpr = k_base.dtype.element_ty
+    p = _exp(_outer(q0, q1, k0, k1, TAIL) * steep - lse[:, None], kind)
     if MASKED:
         p = tl.where(_banded(rows[:, None], columns[None, :], n, window, BAND), p, 0.0)
     ds = p * (_outer(g0, g1, v0, v1, TAIL) - delta[:, None])
-    return _accumulate(_rounded(ds, k_base.dtype.element_ty), k0, k1, dq0, dq1, TAIL)
+    return _accumulate(_rounded(ds, kind), k0, k1, dq0, dq1, TAIL)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "h", "window"])
 def backward_queries(
     grad, qkv, out, lse, delta, dqkv, n, h, scale, window,
     D: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr, BAND: tl.constexpr,
@@ -223,27 +242,27 @@ def backward_queries(
         rowsum += tl.sum(g1.to(tl.float32) * o1.to(tl.float32), 1)
     tl.store(delta + row + rows, rowsum, mask=rows < n)
     q0, q1 = _load2(qkv + inside, rows, n, stride, D, HEAD, TAIL, True)
-    log = tl.load(lse + row + rows, mask=rows < n, other=float("inf")) * LOG2_E
+    steep = _unit(scale, qkv.dtype.element_ty)
+    log = _unit(tl.load(lse + row + rows, mask=rows < n, other=float("inf")), qkv.dtype.element_ty)
     dq0, dq1 = _zeros2(BLOCK, HEAD, TAIL)
     start, whole, end = _walk(first, n, window, BLOCK, STEP, BAND)
     if not BAND:
         for at in tl.range(start, whole, STEP):
             dq0, dq1 = _query_step(
-                at, q0, q1, g0, g1, k_base, v_base, rows, n, stride, scale, window, log, rowsum, dq0, dq1,
+                at, q0, q1, g0, g1, k_base, v_base, rows, n, stride, steep, window, log, rowsum, dq0, dq1,
                 D, HEAD, TAIL, STEP, False, False,
             )  # fmt: skip
     for at in tl.range(whole, end, STEP):
         dq0, dq1 = _query_step(
-            at, q0, q1, g0, g1, k_base, v_base, rows, n, stride, scale, window, log, rowsum, dq0, dq1,
+            at, q0, q1, g0, g1, k_base, v_base, rows, n, stride, steep, window, log, rowsum, dq0, dq1,
             D, HEAD, TAIL, STEP, True, BAND,
         )  # fmt: skip
-    factor = scale * LN_2
-    _store2(dqkv + inside, rows, n, stride, dq0 * factor, dq1 * factor, D, HEAD, TAIL)
+    _store2(dqkv + inside, rows, n, stride, dq0 * scale, dq1 * scale, D, HEAD, TAIL)
 
 
 @triton.jit
 def _key_step(
-    at, k0, k1, v0, v1, q_base, g_base, lse, delta, columns, n, h, scale, window, dk0, dk1, dv0, dv1,
+    at, k0, k1, v0, v1, q_base, g_base, lse, delta, columns, n, h, steep, window, dk0, dk1, dv0, dv1,
     D: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, STEP: tl.constexpr, MASKED: tl.constexpr, BAND: tl.constexpr,
 ):  # fmt: skip
     rows = at + tl.arange(0, STEP)
@@ -254,17 +273,17 @@ def _key_step(
         rowsum = tl.load(delta + rows, mask=rows < n, other=0.0)
     else:
         log, rowsum = tl.load(lse + rows), tl.load(delta + rows)
-    p = tl.exp2(_outer(k0, k1, q0, q1, TAIL) * scale - (log * LOG2_E)[None, :])
+    kind: tl.constexpr = q_base.dtype.element_ty
+    p = _exp(_outer(k0, k1, q0, q1, TAIL) * steep - _unit(log, kind)[None, :], kind)
     if BAND:
         p = tl.where(_banded(rows[None, :], columns[:, None], n, window, True), p, 0.0)
-    kind: tl.constexpr = q_base.dtype.element_ty
     dv0, dv1 = _accumulate(_rounded(p, kind), g0, g1, dv0, dv1, TAIL)
     ds = p * (_outer(v0, v1, g0, g1, TAIL) - rowsum[None, :])
     dk0, dk1 = _accumulate(_rounded(ds, kind), q0, q1, dk0, dk1, TAIL)
     return dk0, dk1, dv0, dv1
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "h", "window"])
 def backward_keys(
     grad, qkv, lse, delta, dqkv, n, h, scale, window,
     D: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr, BAND: tl.constexpr,
@@ -274,20 +293,20 @@ def backward_keys(
     columns, stride = first + tl.arange(0, BLOCK), 3 * h * D
     k0, k1 = _load2(qkv + inside + h * D, columns, n, stride, D, HEAD, TAIL, True)
     v0, v1 = _load2(qkv + inside + 2 * h * D, columns, n, stride, D, HEAD, TAIL, True)
+    steep = _unit(scale, qkv.dtype.element_ty)
     dk0, dk1 = _zeros2(BLOCK, HEAD, TAIL)
     dv0, dv1 = _zeros2(BLOCK, HEAD, TAIL)
     start, whole, end = _walk(first, n, window, BLOCK, STEP, BAND)
     if not BAND:
         for at in tl.range(start, whole, STEP):
             dk0, dk1, dv0, dv1 = _key_step(
-                at, k0, k1, v0, v1, qkv + inside, grad + outside, lse + row, delta + row, columns, n, h, scale, window,
+                at, k0, k1, v0, v1, qkv + inside, grad + outside, lse + row, delta + row, columns, n, h, steep, window,
                 dk0, dk1, dv0, dv1, D, HEAD, TAIL, STEP, False, False,
             )  # fmt: skip
     for at in tl.range(whole, end, STEP):
         dk0, dk1, dv0, dv1 = _key_step(
-            at, k0, k1, v0, v1, qkv + inside, grad + outside, lse + row, delta + row, columns, n, h, scale, window,
+            at, k0, k1, v0, v1, qkv + inside, grad + outside, lse + row, delta + row, columns, n, h, steep, window,
             dk0, dk1, dv0, dv1, D, HEAD, TAIL, STEP, True, BAND,
         )  # fmt: skip
-    factor = scale * LN_2
-    _store2(dqkv + inside + h * D, columns, n, stride, dk0 * factor, dk1 * factor, D, HEAD, TAIL)
+    _store2(dqkv + inside + h * D, columns, n, stride, dk0 * scale, dk1 * scale, D, HEAD, TAIL)
     _store2(dqkv + inside + 2 * h * D, columns, n, stride, dv0, dv1, D, HEAD, TAIL)

@@ -180,7 +180,7 @@ def _autograd(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, No
     return _attention_backward(grad, *ctx.saved_tensors, ctx.scale, ctx.window, ctx.backend), None, None
 
 
-def _fake(qkv: Tensor, scale: float, window: int | None) -> tuple[Tensor, Tensor]:
+def _fake(qkv: Tensor, scale: float, window: int | None = None) -> tuple[Tensor, Tensor]:
     b, n, _, h, d = qkv.shape
     return qkv.new_empty((b, n, h, d)), qkv.new_empty((b, h, n), dtype=statistics_dtype(qkv.dtype))
 
