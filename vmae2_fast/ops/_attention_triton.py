@@ -41,8 +41,8 @@ _INTERPRETER = Tiles(Tile(32, 64, 1, 1), Tile(32, 64, 1, 1), Tile(64, 32, 1, 1),
 _HALF = {
     80: {  # mma.sync: 64 KB of shared memory at most, so that 8.6, 8.9 and 12.0 with their 99 KB share them
         64: Tiles(_WIDE, _SMALL, _WIDE, Tile(128, 32, 8, 2)),
-        80: Tiles(_WIDE, _SMALL, _NARROW, _NARROW),
-        96: Tiles(_WIDE, _SMALL, _NARROW, _NARROW),
+        80: Tiles(_WIDE, _SMALL, _NARROW, Tile(64, 32, 8, 2)),
+        96: Tiles(_SMALL, _SMALL, _NARROW, Tile(64, 32, 8, 2)),
         128: Tiles(_WIDE, _WIDE, _NARROW, _NARROW),
     },
     90: {  # wgmma
