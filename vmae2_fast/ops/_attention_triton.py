@@ -35,7 +35,7 @@ class Tiles(NamedTuple):
 
 _SMALL, _WIDE, _LARGE = Tile(64, 64, 4, 2), Tile(128, 64, 8, 2), Tile(128, 128, 8, 2)
 _NARROW = Tile(64, 32, 4, 2)
-_FLOAT32 = Tiles(Tile(32, 32, 8, 2), Tile(32, 32, 8, 2), Tile(32, 32, 8, 2), Tile(32, 16, 8, 2))
+_FLOAT32 = Tiles(Tile(32, 32, 8, 2), Tile(32, 32, 8, 2), Tile(16, 32, 4, 2), Tile(32, 16, 8, 2))
 _INTERPRETER = Tiles(Tile(32, 64, 1, 1), Tile(32, 64, 1, 1), Tile(64, 32, 1, 1), Tile(32, 32, 1, 1))
 # The largest tiles without a spilled register. Architecture -> width of both operands -> tiles.
 _HALF = {
