@@ -7,6 +7,8 @@ Spans depend on the shape only, so every run has the same bits. Arithmetic is fl
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -99,7 +101,7 @@ def _backward_kernel(
         tl.store(line + 2 * C, dgamma, mask=real)
 
 
-def _shape(columns: int) -> dict[str, int]:
+def _shape(columns: int) -> dict[str, Any]:
     """Block and warps for rows of `columns` values."""
     block = triton.next_power_of_2(columns)
     return {"BLOCK": block, "warps": max(1, min(16, block // (32 * VALUES)))}
