@@ -117,9 +117,10 @@ class Optimizer:
         params = [p for p in self.params.values() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
         skipped = torch.logical_not(torch.isfinite(norm) & torch.isfinite(loss.detach())).to(torch.float32)
-        if self.config.clip_grad is not None:
-            torch.nn.utils.clip_grads_with_norm_(params, self.config.clip_grad, norm)
-        self.adamw.grad_scale = None  # type: ignore[attr-defined]
+        # The kernel divides gradients by grad_scale while it reads them: clipping costs no pass of its own.
+        clip = self.config.clip_grad
+        scale = None if clip is None else ((norm + 1e-6) / clip).clamp(min=1.0).float()
+        self.adamw.grad_scale = scale  # type: ignore[attr-defined]
         self.adamw.found_inf = skipped  # type: ignore[attr-defined]
         self.adamw.step()
         return norm, skipped
