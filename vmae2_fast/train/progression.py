@@ -31,6 +31,7 @@ from ..data.synthetic import CLASSES
 from ..models import resolve
 from ..ops.masks import mask_sizes
 from .loop import train
+from .parallel import join
 
 _HANDED = "stage:"
 PLAN = "progression.json"
@@ -89,11 +90,18 @@ def run_progression(
     for stage in stages:
         check_stage(stage)
     _check_handover(stages, out, init)
-    results: dict[str, dict[str, Any]] = {"data": prepare(progression)}
-    out.mkdir(parents=True, exist_ok=True)
-    save(progression, out / PLAN)
+    world, _ = join()
+
+    def begin() -> dict[str, Any]:
+        made = prepare(progression)
+        out.mkdir(parents=True, exist_ok=True)
+        save(progression, out / PLAN)
+        return made
+
+    results: dict[str, dict[str, Any]] = {"data": world.on_first(begin)}
     for number, stage in enumerate(stages):
-        print(f"[{number + 1}/{len(stages)}] {stage.name}: {stage.cites or type(stage).__name__}", flush=True)
+        if world.first:
+            print(f"[{number + 1}/{len(stages)}] {stage.name}: {stage.cites or type(stage).__name__}", flush=True)
         results[stage.name] = train(stage, init=init if number == 0 else None, resume=resume)
     return results
 
