@@ -29,12 +29,18 @@ def launch(*arguments: str, capsys: pytest.CaptureFixture[str]) -> dict[str, Any
     return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
-@pytest.mark.parametrize("name", [n for n in all_recipes() if n != "demo:progressive"])
-def test_every_recipe_runs_shrunk(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+# One of every kind here, all of them in `make recipes-smoke`. hybrid_available reads a datasets.toml of its own.
+SMOKED = ["pretrain:vit_base_hybrid", "post_pretrain:vit_base_k710"]
+if os.environ.get("VMAE2_RECIPES") == "all":
+    SMOKED = [n for n in all_recipes() if n not in ("demo:progressive", "pretrain:hybrid_available")]
+
+
+@pytest.mark.parametrize("name", SMOKED)
+def test_recipe_runs_shrunk(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     summary = launch(name, "--smoke", "--out", str(tmp_path), capsys=capsys)
-    (stage,) = smoke(all_recipes()[name]()).stages
-    assert summary[stage.name]["steps"] > 1
-    assert summary[stage.name]["last_loss"] < 2
+    for stage in smoke(all_recipes()[name]()).stages:
+        assert summary[stage.name]["steps"] > 1
+        assert 0 < summary[stage.name]["last_loss"] < 4
 
 
 class _Sources(html.parser.HTMLParser):

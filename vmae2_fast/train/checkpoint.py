@@ -192,7 +192,8 @@ def load_checkpoint(
 ) -> dict[str, Any]:
     """Verify a checkpoint, put it into model, optimizer and torch's generators, and return its state.
 
-    Every rank reads the files and keeps its slice. A rank the checkpoint does not know keeps its generators. Nothing is changed unless all of it fits. Raises CheckpointError: damaged, or of another architecture.
+    Every rank reads the files and keeps its slice. A rank the checkpoint does not know keeps its generators.
+    Nothing is changed unless all of it fits. Raises CheckpointError: damaged, or of another architecture.
     """
     verify(directory)
     tensors = load_file(directory / "model.safetensors")

@@ -211,8 +211,9 @@ class Trainer:
         if state.skipped_in_a_row >= train.max_skipped:
             if self.world.first:
                 print(
-                    f"{self.config.name}: loss or gradient was not finite for {state.skipped_in_a_row} steps in a row, last at "
-                    f"step {state.step}; the newest checkpoint is older. Lower optim.lr, warm up longer or set optim.clip_grad",
+                    f"{self.config.name}: loss or gradient was not finite for {state.skipped_in_a_row} steps in a row, last "
+                    f"at step {state.step}. Run again with --optim.clip-grad, a lower --optim.lr or a longer warm-up; what "
+                    "the newest checkpoint holds is from before",
                     file=sys.stderr,
                 )
             raise SystemExit(NOT_FINITE)

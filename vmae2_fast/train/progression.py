@@ -175,7 +175,8 @@ def _on_scenes(stage: Stage, out: str) -> Stage:
     data = dataclasses.replace(
         stage.data, sources=tuple(SourceConfig(name=name) for name in sources), datasets=f"{out}/data/datasets.toml"
     )
-    changes: dict[str, Any] = {"data": data, "validation": None, "init": None}
+    changes: dict[str, Any] = {"data": data, "validation": None}
+    changes["init"] = stage.init if stage.init and stage.init.startswith(_HANDED) else None
     if labelled:
         changes["model"] = dataclasses.replace(stage.model, num_classes=len(CLASSES))
     if isinstance(stage, DistillConfig):
