@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -123,3 +125,14 @@ def test_a_hanging_rank_is_named(clips, tmp_path):
     assert "after step 3" in stacks
     assert "in stepping" in stacks  # where it hangs
     assert "stuck-rank1.txt" in output
+
+
+@full
+def test_launch_starts_the_ranks_itself(tmp_path):
+    command = ["launch", "pretrain:vit_base_hybrid", "--smoke", "--gpus", "2", "--restarts", "1", "--out", str(tmp_path)]
+    done = subprocess.run(
+        [sys.executable, "-m", "vmae2_fast", *command, "--json"], cwd=ranks.ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("{")]  # one result, not one a rank
+    assert json.loads(line)["pretrain_vit_base_hybrid"]["steps"] == 20

@@ -19,37 +19,31 @@ SMALL_PRETRAIN = {**SMALL, "decoder_width": 16, "decoder_depth": 2, "decoder_hea
 
 
 # VideoMAE V2 paper, tables "decoder masking" and "dual masking": GMACs a clip, printed as FLOPs.
-@pytest.mark.parametrize(
-    ("name", "mask", "published"),
-    [
-        (BASE, MaskConfig(decoder="none"), 35.48),
-        (BASE, MaskConfig(decoder_ratio=0.25), 31.63),
-        (BASE, MaskConfig(decoder_ratio=0.5), 25.87),
-        (BASE, MaskConfig(decoder_ratio=0.75), 21.06),
-        (BASE, MaskConfig(decoder="frame"), 25.87),
-        (BASE, MaskConfig(decoder="random"), 25.87),
-        (GIANT, MaskConfig(decoder="none"), 263.93),
-        (GIANT, MaskConfig(), 241.61),
-    ],
-)
+@pytest.mark.parametrize(("name", "mask", "published"), [
+    (BASE, MaskConfig(decoder="none"), 35.48),
+    (BASE, MaskConfig(decoder_ratio=0.25), 31.63),
+    (BASE, MaskConfig(decoder_ratio=0.5), 25.87),
+    (BASE, MaskConfig(decoder_ratio=0.75), 21.06),
+    (BASE, MaskConfig(decoder="frame"), 25.87),
+    (BASE, MaskConfig(decoder="random"), 25.87),
+    (GIANT, MaskConfig(decoder="none"), 263.93),
+    (GIANT, MaskConfig(), 241.61),
+])
 def test_pretraining_figures_of_the_paper(name: str, mask: MaskConfig, published: float) -> None:
     assert ledger(name, mask)["macs"]["published"]["total"] / 1e9 == pytest.approx(published, rel=0.003)
 
 
 # Tables "Kinetics-400" and "Kinetics-600" (TMACs of all views). The two large ViT-H rows are swapped in the paper: each is
 # compared with what the other one prints. Small and base: 57 G and 180 G, the figures other libraries publish.
-@pytest.mark.parametrize(
-    ("name", "frames", "size", "views", "published"),
-    [
-        ("vit_small_patch16_224", 16, 224, 1, 0.057),
-        ("vit_base_patch16_224", 16, 224, 1, 0.180),
-        ("vit_huge_patch16_224", 16, 224, 15, 17.88),
-        ("vit_giant_patch14_224", 16, 224, 15, 38.16),
-        ("vit_giant_patch14_224", 64, 266, 6, 160.30),
-        ("vit_huge_patch16_224", 64, 288, 12, 184.24),
-        ("vit_huge_patch16_224", 32, 384, 12, 153.34),
-    ],
-)
+@pytest.mark.parametrize(("name", "frames", "size", "views", "published"), [
+    ("vit_small_patch16_224", 16, 224, 1, 0.057),
+    ("vit_base_patch16_224", 16, 224, 1, 0.180),
+    ("vit_huge_patch16_224", 16, 224, 15, 17.88),
+    ("vit_giant_patch14_224", 16, 224, 15, 38.16),
+    ("vit_giant_patch14_224", 64, 266, 6, 160.30),
+    ("vit_huge_patch16_224", 64, 288, 12, 184.24),
+    ("vit_huge_patch16_224", 32, 384, 12, 153.34),
+])
 def test_multi_view_figures_of_the_paper(name: str, frames: int, size: int, views: int, published: float) -> None:
     account = ledger(ModelConfig(name=name, frames=frames, size=size, num_classes=400), views=views)
     assert account["macs_views"]["published"] / 1e12 == pytest.approx(published, rel=0.003)
@@ -60,28 +54,18 @@ def test_the_decoder_mlp_of_the_published_figure_is_the_released_one() -> None:
     assert printed["macs"]["published"]["total"] / 1e9 == pytest.approx(240.67, abs=0.01)
 
 
-@pytest.mark.parametrize(
-    ("name", "tokens"),
-    [
-        (BASE, {"all": 1568, "visible": 160, "decoded": 784, "sequence": 944, "loss": 704}),
-        (GIANT, {"all": 2048, "visible": 208, "decoded": 1024, "sequence": 1232, "loss": 920}),
-    ],
-)
+@pytest.mark.parametrize(("name", "tokens"), [
+    (BASE, {"all": 1568, "visible": 160, "decoded": 784, "sequence": 944, "loss": 704}),
+    (GIANT, {"all": 2048, "visible": 208, "decoded": 1024, "sequence": 1232, "loss": 920}),
+])
 def test_token_counts(name: str, tokens: dict[str, int]) -> None:
     assert ledger(name)["tokens"] == tokens
 
 
-@pytest.mark.parametrize(
-    "overrides",
-    [
-        {},
-        {"layer_scale": 0.1},
-        {"cosine_attention": True},
-        {"qkv_bias": False},
-        {"decoder_mlp_ratio": 2.0},
-        {"in_chans": 1, "pixel_mean": (0.5,), "pixel_std": (0.5,)},
-    ],
-)
+@pytest.mark.parametrize("overrides", [
+    {}, {"layer_scale": 0.1}, {"cosine_attention": True}, {"qkv_bias": False}, {"decoder_mlp_ratio": 2.0}, {"in_chans": 1,
+     "pixel_mean": (0.5,), "pixel_std": (0.5,)},
+])
 def test_pretraining_parameters_equal_the_built_model(overrides: dict[str, Any]) -> None:
     config = ModelConfig(name=BASE, **{**SMALL_PRETRAIN, **overrides})
     model, counted = build_model(config), ledger(config)["parameters"]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypeVar
 
@@ -163,7 +164,10 @@ def distribute(task: Task[Any], mode: Literal["ddp", "fsdp"], world: World) -> L
     if mode == "ddp":
         module = _LossModule(task)
         ids = [task.device.index] if task.device.type == "cuda" else None
-        ddp = DistributedDataParallel(module, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+        with warnings.catch_warnings():
+            # torch 2.13 renames broadcast_buffers; 2.11 and 2.12 know no other name. Our buffers are constants.
+            warnings.filterwarnings("ignore", "`broadcast_buffers`", FutureWarning)
+            ddp = DistributedDataParallel(module, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
 
         def replicated(batch: Batch, last: bool) -> dict[str, Tensor]:
             with contextlib.nullcontext() if last else ddp.no_sync():
