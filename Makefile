@@ -8,11 +8,13 @@ OUT ?= runs/demo
 NATIVE := $(if $(shell command -v c++ || command -v g++ || command -v clang++),require,auto)
 SOURCES := setup.py pyproject.toml CMakeLists.txt constraints.txt $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/*)
 
-.PHONY: help demo test lint bench aot sanitize gpu-check clean
+.PHONY: help demo test drills recipes-smoke lint bench aot sanitize gpu-check clean
 help:
 	@echo "make demo               progressive training on encoded video, report in $(OUT)/report.html"
 	@echo "make demo CLIPS=DIR     the same on a folder of labelled videos, in runs/clips"
 	@echo "make test               the test suite"
+	@echo "make drills             kills, byte flips, crashed and hanging ranks, in full numbers"
+	@echo "make recipes-smoke      every recipe, shrunk, from data to weights"
 	@echo "make lint               ruff and mypy"
 	@echo "make bench              microbenchmarks beside the honest alternatives"
 	@echo "make aot                compile every GPU kernel without a GPU, print registers, shared memory and spills"
@@ -40,6 +42,12 @@ endif
 
 test: $(VENV)/.dev
 	VMAE2_NATIVE=$(NATIVE) $(BIN)/python -m pytest -q
+
+drills: $(VENV)/.dev
+	VMAE2_DRILLS=full VMAE2_NATIVE=$(NATIVE) $(BIN)/python -m pytest -q tests/drills --durations=0
+
+recipes-smoke: $(VENV)/.dev
+	VMAE2_RECIPES=all VMAE2_NATIVE=$(NATIVE) $(BIN)/python -m pytest -q tests/recipes
 
 # C++ and the CUDA kernels, these emulated on the CPU (tests/cuda_emulator).
 sanitize: $(VENV)/.dev

@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import io
 import json
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -42,6 +43,11 @@ class LaunchOptions:
     """Run the named stages from their start, in place of what is there."""
     dry_run: bool = False
     """Print the plan and stop."""
+    gpus: int | None = None
+    """Processes on this machine, one on each GPU (without GPUs: on the CPU); default all visible GPUs. Under torchrun or
+    srun the processes that are there join."""
+    restarts: int = 0
+    """Times the processes are started again from the last checkpoint when one of them fails."""
     json: bool = False
     """Print the summary as the last line on stdout."""
 
@@ -58,7 +64,7 @@ def launch(arguments: list[str]) -> dict[str, Any]:
         print(launch.__doc__)
         print("Recipes:\n" + recipes_index.listing())
         parse(LaunchOptions, ["--help"], "vmae2 launch RECIPE")
-    return _run(*recipes_index.with_options(arguments, LaunchOptions, "vmae2 launch", parse))
+    return _run(*recipes_index.with_options(arguments, LaunchOptions, "vmae2 launch", parse), arguments)
 
 
 def parse(target: Any, arguments: list[str], prog: str, **options: Any) -> Any:
@@ -83,10 +89,33 @@ def _one_line(box: str) -> str:
     return head.strip() + (f"; did you mean {' or '.join(flags[:3])}?" if offers and flags else "")
 
 
-def _run(run: Any, options: LaunchOptions) -> dict[str, Any]:
-    from .report import missing, summarise, write_report, write_summary
-    from .train.loop import train
-    from .train.progression import check_stage, describe, run_progression, selected, smoke
+def _spread(options: LaunchOptions, arguments: list[str]) -> None:
+    """Become `torch.distributed.run` of the same command with one process a GPU; returns where one process is enough."""
+    import torch
+
+    from .train.parallel import placement
+
+    wanted = torch.cuda.device_count() if options.gpus is None else options.gpus
+    present = torch.cuda.device_count()
+    if options.gpus is not None and (wanted < 1 or (present and wanted > present)):
+        raise ValueError(f"--gpus {wanted}: must be at least 1 and at most {present or 'the cores'} here")
+    if options.restarts < 0:
+        raise ValueError(f"--restarts {options.restarts}: must be at least 0")
+    if placement().size > 1 or "TORCHELASTIC_RUN_ID" in os.environ or (wanted <= 1 and not options.restarts):
+        return
+    # c10d rendezvous: with a static one a restart after a crash does not come together again.
+    agent = ["--nnodes=1", f"--nproc-per-node={max(wanted, 1)}", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
+    agent += [f"--max-restarts={options.restarts}", "--module", "vmae2_fast", "launch"]
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execv(sys.executable, [sys.executable, "-m", "torch.distributed.run", *agent, *arguments])
+
+
+def _run(run: Any, options: LaunchOptions, arguments: list[str]) -> dict[str, Any]:
+    from .report import missing
+    from .train.loop import split_batch
+    from .train.parallel import leave, placement
+    from .train.progression import check_stage, describe, selected, smoke
 
     if options.smoke:
         run = smoke(run)
@@ -102,13 +131,33 @@ def _run(run: Any, options: LaunchOptions) -> dict[str, Any]:
     built = backend.native() is not None
     kernels = "with native kernels" if built else "WITHOUT native kernels (not built): reference implementations, slower"
     print(f"vmae2_fast {__version__} {kernels}; `vmae2 env` tells more", file=sys.stderr)
-    for line in plan:
-        print(line, file=sys.stderr)
+    world = placement()
+    if world.first:
+        for line in plan:
+            print(line, file=sys.stderr)
     if options.dry_run:
         return {"plan": plan}
+    _spread(options, arguments)
+    for stage in stages:
+        split_batch(stage, world.size)
+    try:
+        return _train(run, options, stages)
+    finally:
+        leave()
+
+
+def _train(run: Any, options: LaunchOptions, stages: list[Any]) -> dict[str, Any]:
+    from .report import missing, summarise, write_report, write_summary
+    from .train.loop import train
+    from .train.parallel import placement
+    from .train.progression import run_progression
+
+    first = placement().first
     if not isinstance(run, Progression):
         return train(run, init=options.weights, resume=not options.restart)
     results = run_progression(run, start=options.start, until=options.until, init=options.weights, resume=not options.restart)
+    if not first:
+        return {}
     if len(stages) < len(run.stages):
         summary = summarise(run, results)
         write_summary(summary, Path(run.out))
@@ -321,7 +370,7 @@ def main(arguments: list[str] | None = None) -> None:
             raise
         print(f"vmae2: error: {error}", file=sys.stderr)
         sys.exit(2)
-    if as_json:
+    if as_json and int(os.environ.get("RANK", 0)) == 0:  # one line, however many processes ran
         print(json.dumps(result), flush=True)
 
 

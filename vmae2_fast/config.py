@@ -260,7 +260,9 @@ class TrainConfig:
     global_batch: int = 64
     """Clips (views counted) of one optimiser step over all devices; it belongs to the recipe."""
     micro_batch: int | None = None
-    """Clips of one forward; None: all of them at once. Must divide the global batch."""
+    """Clips of one forward on one rank; None: all of its share at once. Times the ranks it must divide the global batch."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """On several ranks: the whole model on each, or parameters, gradients and moments split over them (FSDP2)."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """bfloat16: autocast."""
     compile: Literal["none", "blocks", "model"] = "none"
@@ -273,14 +275,20 @@ class TrainConfig:
     checkpoint_every: int = 500
     """Optimiser steps between two checkpoints; the end of the run always saves."""
     keep_checkpoints: int = 2
+    keep_every: int = 0
+    """Checkpoints whose step is a multiple of this stay for good; 0: none."""
+    max_skipped: int = 100
+    """Steps in a row that may be skipped for a non-finite loss or gradient before the run ends with exit code 3."""
     log_every: int = 10
+    stuck_after: int = 1800
+    """Seconds without a finished step after which every rank writes the stacks of its threads; 0: never."""
     validate_every: int = 0
     """Epochs between two validations; 0: only at the end."""
 
     def __post_init__(self) -> None:
         names = ("epochs", "global_batch", "micro_batch", "threads", "checkpoint_every", "keep_checkpoints", "log_every")
-        _at_least(self, "train", 1, *names)
-        _at_least(self, "train", 0, "validate_every")
+        _at_least(self, "train", 1, *names, "max_skipped")
+        _at_least(self, "train", 0, "validate_every", "keep_every", "stuck_after")
 
 
 @dataclass(frozen=True, kw_only=True)

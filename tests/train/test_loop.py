@@ -90,9 +90,9 @@ def test_training_goes_on_in_training_mode_after_a_validation(clips, tmp_path, m
     config = tiny.with_train(tiny.classify_config(clips, tmp_path), epochs=3, validate_every=1)
     original, modes = loop.accumulate, []
 
-    def accumulating(task, *args):
+    def accumulating(task, *args, **keywords):
         modes.append({m.training for m in task.model.modules()})
-        return original(task, *args)
+        return original(task, *args, **keywords)
 
     monkeypatch.setattr(loop, "accumulate", accumulating)
     summary = train(config)
@@ -143,7 +143,7 @@ def test_resume_is_bitwise(clips, tmp_path, monkeypatch, kind):
     assert ours == theirs
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_signal_saves_and_exits(clips, tmp_path, monkeypatch, number):
     whole = train(tiny.pretrain_config(clips, tmp_path / "whole"))
     config = tiny.pretrain_config(clips, tmp_path / "parts")
@@ -283,7 +283,7 @@ def test_a_warmup_longer_than_the_run_is_an_error(clips, tmp_path):
         train(dataclasses.replace(config, optim=dataclasses.replace(config.optim, warmup_epochs=7)))
 
 
-def test_non_finite_steps_are_counted_and_many_in_a_row_end_the_run(clips, tmp_path, monkeypatch):
+def test_non_finite_steps_are_counted_and_many_in_a_row_end_the_run(clips, tmp_path, monkeypatch, capsys):
     config = tiny.with_train(tiny.pretrain_config(clips, tmp_path), epochs=6)
     original = Optimizer.step
 
@@ -300,10 +300,12 @@ def test_non_finite_steps_are_counted_and_many_in_a_row_end_the_run(clips, tmp_p
         summary = train(config)
     assert summary["skipped_steps"] == 2
     assert all(t.isfinite().all() for t in load_file(summary["weights"]).values())
-    monkeypatch.setattr(loop, "MAX_SKIPPED", 5)
+    config = tiny.with_train(config, max_skipped=5)
     monkeypatch.setattr(Optimizer, "step", poisoned(set(range(4, 12))))
-    with pytest.raises(ValueError, match="not finite for 6 steps in a row"):
+    with pytest.raises(SystemExit) as stop:
         train(config, resume=False)
+    assert stop.value.code == loop.NOT_FINITE
+    assert "not finite for 6 steps in a row" in capsys.readouterr().err
 
 
 def test_augmented_fine_tuning_goes_on_bitwise_after_a_stop(clips, tmp_path, monkeypatch):

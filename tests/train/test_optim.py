@@ -55,16 +55,25 @@ def test_non_finite_step_changes_nothing(poison):
     assert not torch.equal(before["0.weight"], model[0].weight)
 
 
-def test_clipping_scales_to_the_global_norm_and_reports_the_norm_before():
-    model = _model()
-    optimizer = _optimizer(model, clip_grad=0.5)
-    loss = _backward(model, scale=100.0)
-    unclipped = torch.cat([p.grad.double().flatten() for p in model.parameters()])
-    norm, _ = optimizer.step(0, loss)
-    clipped = torch.cat([p.grad.double().flatten() for p in model.parameters()])
-    assert norm.item() == pytest.approx(unclipped.norm().item(), rel=1e-6)
-    # the official (torch) rule divides by norm + 1e-6
-    torch.testing.assert_close(clipped, unclipped * 0.5 / (unclipped.norm() + 1e-6), rtol=1e-6, atol=0.0)
+@pytest.mark.parametrize("scale", [100.0, 1e-3], ids=["clipped", "below the limit"])
+def test_steps_equal_a_separate_clip_and_torchs_unfused_adamw(scale):
+    ours, theirs = _model().double(), _model().double()
+    optimizer = _optimizer(ours, clip_grad=0.5, weight_decay=0.0)
+    adamw = torch.optim.AdamW(theirs.parameters(), betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, foreach=False, fused=False)
+    for step in range(4):
+        optimizer.zero_grad()
+        adamw.zero_grad()
+        for model in (ours, theirs):
+            loss = scale * model(torch.linspace(-1, 1, 15, dtype=torch.float64).view(3, 5)).square().sum()
+            loss.backward()
+        adamw.param_groups[0]["lr"] = optimizer.lr_at(step)
+        unclipped = torch.nn.utils.clip_grad_norm_(theirs.parameters(), 0.5)
+        norm, skipped = optimizer.step(step, loss)
+        adamw.step()
+        assert norm.item() == pytest.approx(unclipped.item(), rel=1e-6)
+        assert not skipped
+    for a, b in zip(ours.parameters(), theirs.parameters()):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=0.0)
 
 
 def test_weight_decay_schedule_leaves_biases_and_norms_alone():

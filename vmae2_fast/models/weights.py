@@ -234,13 +234,16 @@ def _some(keys: Sequence[str], count: int) -> str:
     return ", ".join(keys[:count]) + (f" and {len(keys) - count} more" if len(keys) > count else "")
 
 
-def save_weights(model: nn.Module, path: str | Path, meta: Mapping[str, Any] | None = None) -> None:
+def save_weights(
+    model: nn.Module, path: str | Path, meta: Mapping[str, Any] | None = None, state: Mapping[str, Tensor] | None = None
+) -> None:
     """Write the state dict under official keys as safetensors, with the model's configuration and `meta` (JSON values) in
-    the header. Atomic: `path` holds the old content or the new, never a part. Raises OSError if it cannot be written."""
+    the header. `state`: its whole tensors, where the model itself holds slices only. Atomic: `path` holds the old content
+    or the new, never a part. Raises OSError if it cannot be written."""
     header = {"format": "pt", "meta": json.dumps(dict(meta or {}))}
     if hasattr(model, "config"):
         header["config"] = json.dumps(to_dict(model.config))
-    _write_safetensors(dict(model.state_dict()), Path(path), header)
+    _write_safetensors(dict(model.state_dict() if state is None else state), Path(path), header)
 
 
 def _write_safetensors(state: Mapping[str, Tensor], path: Path, header: dict[str, str]) -> None:

@@ -40,11 +40,13 @@ class AvaTask(Task[AvaConfig]):
             config.model, bins=config.bins, aligned=config.aligned, norm_from_head=config.norm_from_head
         ).to(self.device)
 
-    def training_loader(self, clips_per_batch: int, quarantine: str | os.PathLike[str] | None = None) -> AvaLoader:
+    def training_loader(
+        self, clips_per_batch: int, quarantine: str | os.PathLike[str] | None = None, *, rank: int = 0, world: int = 1
+    ) -> AvaLoader:
         config = self.config
         loader = AvaLoader(
             config.data, frames=config.model.frames, size=config.model.size, seed=config.seed, quarantine=quarantine,
-            clips_per_batch=clips_per_batch,
+            clips_per_batch=clips_per_batch, rank=rank, world=world,
         )  # fmt: skip
         if loader.boxless:
             print(f"{config.name}: {loader.boxless} key frames without boxes are left out of training", file=sys.stderr)

@@ -57,12 +57,14 @@ class Task(Generic[Config]):
         """Whether the loss reads labels, so that every clip must have one."""
         return False
 
-    def training_loader(self, clips_per_batch: int, quarantine: str | os.PathLike[str] | None = None) -> VideoLoader:
-        """Batches of `config.data`, `clips_per_batch` decodes each."""
+    def training_loader(
+        self, clips_per_batch: int, quarantine: str | os.PathLike[str] | None = None, *, rank: int = 0, world: int = 1
+    ) -> VideoLoader:
+        """Batches of `config.data`, `clips_per_batch` decodes each, of rank `rank` among `world`."""
         config = self.config
         return VideoLoader(
             config.data, frames=config.model.frames, size=config.model.size, seed=config.seed, quarantine=quarantine,
-            clips_per_batch=clips_per_batch,
+            clips_per_batch=clips_per_batch, rank=rank, world=world,
         )  # fmt: skip
 
     def class_names(self) -> tuple[str, ...] | None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..data.loader import Batch
 from ..models import Block
 from ..tasks import Task
+from .parallel import Loss, World
 
 WARM_UP = 3  # micro-batches before the capture: libraries allocate their workspaces, autograd its buffers
 
@@ -30,17 +31,23 @@ def compile_model(model: nn.Module, what: Literal["none", "blocks", "model"]) ->
 
 
 class Eager:
-    """Forward and backward of a micro-batch as they come."""
+    """Forward and backward of a micro-batch as they come.
 
-    def __init__(self, task: Task[Any]) -> None:
-        self.task = task
+    loss, world: what `parallel.distribute` gave for the ranks of the run; None: the task's own, on one rank.
+    """
 
-    def __call__(self, batch: Batch, total: float | Tensor) -> dict[str, Tensor]:
-        """Add the gradients of `batch`'s loss sum over `total` to the parameters; returns {"loss", and the task's sums}."""
-        out = self.task.loss(batch)
-        loss = out.pop("loss_sum") / total
-        loss.backward()
-        return {"loss": loss.detach(), **out}
+    def __init__(self, task: Task[Any], loss: Loss | None = None, world: World | None = None) -> None:
+        self.task, self.world = task, world or World()
+        self.loss: Loss = loss or (lambda batch, last: task.loss(batch))
+
+    def __call__(self, batch: Batch, total: float | Tensor, last: bool = True) -> dict[str, Tensor]:
+        """Add the gradients of `batch`'s loss sum over `total` to the parameters; returns {"loss", and the task's sums}.
+
+        total: the count of the global batch; last: whether it is the last of this rank's micro-batches in the step."""
+        out = self.loss(batch, last)
+        share = out.pop("loss_sum") / total
+        (share * self.world.size).backward()  # the ranks' gradients are averaged
+        return {"loss": share.detach(), **out}
 
 
 class Graphed(Eager):
@@ -50,8 +57,10 @@ class Graphed(Eager):
     ValueError without a GPU, for a task whose loss looks at labels on the host, and for a batch of another shape.
     """
 
-    def __init__(self, task: Task[Any]) -> None:
-        super().__init__(task)
+    def __init__(self, task: Task[Any], loss: Loss | None = None, world: World | None = None) -> None:
+        super().__init__(task, loss, world)
+        if self.world.size > 1:
+            raise ValueError("train.cuda_graph runs on one rank: set train.cuda_graph=False, or launch with --gpus 1")
         if task.device.type != "cuda" or not torch.cuda.is_available():
             raise ValueError(f"train.cuda_graph needs a GPU, and this run is on {task.device}; set train.cuda_graph=False")
         if task.needs_labels():
@@ -64,7 +73,7 @@ class Graphed(Eager):
         self.seen = 0
         self.graph: torch.cuda.CUDAGraph | None = None
 
-    def __call__(self, batch: Batch, total: float | Tensor) -> dict[str, Tensor]:
+    def __call__(self, batch: Batch, total: float | Tensor, last: bool = True) -> dict[str, Tensor]:
         if isinstance(total, Tensor):
             raise ValueError(
                 f"{self.task.config.name}: train.cuda_graph needs a constant number of loss tokens (running cell with a "

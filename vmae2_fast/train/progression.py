@@ -34,6 +34,7 @@ from ..data.synthetic_ava import write_ava_scenes
 from ..models import resolve
 from ..ops.masks import mask_sizes
 from .loop import train
+from .parallel import join
 
 _HANDED = "stage:"
 PLAN = "progression.json"
@@ -92,11 +93,18 @@ def run_progression(
     for stage in stages:
         check_stage(stage)
     _check_handover(stages, out, init)
-    results: dict[str, dict[str, Any]] = {"data": prepare(progression)}
-    out.mkdir(parents=True, exist_ok=True)
-    save(progression, out / PLAN)
+    world, _ = join()
+
+    def begin() -> dict[str, Any]:
+        made = prepare(progression)
+        out.mkdir(parents=True, exist_ok=True)
+        save(progression, out / PLAN)
+        return made
+
+    results: dict[str, dict[str, Any]] = {"data": world.on_first(begin)}
     for number, stage in enumerate(stages):
-        print(f"[{number + 1}/{len(stages)}] {stage.name}: {stage.cites or type(stage).__name__}", flush=True)
+        if world.first:
+            print(f"[{number + 1}/{len(stages)}] {stage.name}: {stage.cites or type(stage).__name__}", flush=True)
         results[stage.name] = train(stage, init=init if number == 0 else None, resume=resume)
     return results
 
@@ -185,7 +193,8 @@ def _on_scenes(stage: Stage, out: str) -> Stage:
     data = dataclasses.replace(
         stage.data, sources=tuple(SourceConfig(name=name) for name in sources), datasets=f"{out}/data/datasets.toml"
     )
-    changes: dict[str, Any] = {"data": data, "validation": None, "init": None}
+    changes: dict[str, Any] = {"data": data, "validation": None}
+    changes["init"] = stage.init if stage.init and stage.init.startswith(_HANDED) else None
     if labelled:
         changes["model"] = dataclasses.replace(stage.model, num_classes=len(CLASSES))
     if isinstance(stage, DistillConfig):

@@ -21,10 +21,11 @@ from ..config import RunConfig, to_dict
 from .checkpoint import clean, committed, sha256, write_json
 
 # What may change between two sittings of one run: where things lie, how often it is saved or shown, and how the work is
-# cut up. None of it changes the maths (micro_batch: up to the order of summation).
+# cut up. None of it changes the maths (micro_batch: and parallel: up to the order of summation).
 FREE = {
     "out", "cites", "views.batch", "teacher_cache",
-    *(f"train.{key}" for key in ("micro_batch", "threads", "checkpoint_every", "keep_checkpoints", "log_every")),
+    *(f"train.{key}" for key in ("micro_batch", "parallel", "threads", "checkpoint_every", "keep_checkpoints", "log_every")),
+    *(f"train.{key}" for key in ("keep_every", "max_skipped", "stuck_after")),
     *(f"{data}.{key}" for data in ("data", "validation") for key in ("workers", "prefetch", "cache_mb", "datasets")),
 }  # fmt: skip
 
