@@ -8,11 +8,13 @@ OUT ?= runs/demo
 NATIVE := $(if $(shell command -v c++ || command -v g++ || command -v clang++),require,auto)
 SOURCES := setup.py pyproject.toml CMakeLists.txt constraints.txt $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/*)
 
-.PHONY: help demo test lint bench aot sanitize fuzz gpu-check clean
+.PHONY: help demo test drills recipes-smoke lint bench aot sanitize fuzz gpu-check clean
 help:
 	@echo "make demo               progressive training on encoded video, report in $(OUT)/report.html"
 	@echo "make demo CLIPS=DIR     the same on a folder of labelled videos, in runs/clips"
 	@echo "make test               the test suite"
+	@echo "make drills             kills, byte flips, crashed and hanging ranks, in full numbers"
+	@echo "make recipes-smoke      every recipe, shrunk, from data to weights"
 	@echo "make lint               ruff and mypy"
 	@echo "make bench              microbenchmarks beside the honest alternatives"
 	@echo "make aot                compile every GPU kernel without a GPU, print registers, shared memory and spills"
@@ -42,6 +44,12 @@ endif
 test: $(VENV)/.dev
 	VMAE2_NATIVE=$(NATIVE) $(BIN)/python -m pytest -q
 
+drills: $(VENV)/.dev
+	VMAE2_DRILLS=full VMAE2_NATIVE=$(NATIVE) $(BIN)/python -m pytest -q tests/drills --durations=0
+
+recipes-smoke: $(VENV)/.dev
+	VMAE2_RECIPES=all VMAE2_NATIVE=$(NATIVE) $(BIN)/python -m pytest -q tests/recipes
+
 # C++ and the CUDA kernels, these emulated on the CPU (tests/cuda_emulator).
 sanitize: $(VENV)/.dev
 	$(BIN)/python -m tests.cuda_emulator.sanitize
@@ -68,6 +76,7 @@ bench: $(VENV)/.dev
 	@mkdir -p $(RESULTS)
 	$(BIN)/python -m pytest -q benchmarks/test_ops.py --benchmark-json=$(RESULTS)/ops.json --benchmark-columns=median,iqr,rounds $(ARGS)
 	$(BIN)/python -m vmae2_fast.benchmarks.report $(RESULTS)/ops.json
+	$(BIN)/python -m pytest -q benchmarks/test_manifest.py --benchmark-json=$(RESULTS)/manifest.json --benchmark-columns=median,iqr,rounds
 	$(BIN)/python -m pytest -q benchmarks/test_data.py --benchmark-json=$(RESULTS)/data.json --benchmark-columns=median,iqr,rounds
 
 # The running interpreter with its own torch; nothing is downloaded. In place, so that the tests see the built extension.

@@ -98,6 +98,10 @@ class _Embed(nn.Module):
         super().__init__()
         self.proj = nn.Conv3d(channels, width, kernel, stride=kernel)
 
+    def forward(self, video: Tensor) -> Tensor:
+        """Tokens [B, N, width] of every tubelet of a clip [B, C, T, H, W]."""
+        return self.proj(video).flatten(2).transpose(1, 2)
+
 
 class _Stack(nn.Module):
     """Blocks and the final norm; `run` applies the blocks, recomputing each in the backward if asked to."""
@@ -168,6 +172,24 @@ class Plain(_Pretrain):
         error = (self(clip, encoder_mask, decoder_mask) - target).pow(2).mean(dim=-1)
         counted = encoder_mask[~decoder_mask].reshape(len(clip), -1)
         return (error * counted).sum() / counted.sum()
+
+
+class PlainClassifier(nn.Module):
+    """The official fine-tuning model with mean pooling: all tokens, materialised attention. `clip` as in `Plain`."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        spec = resolve(config)
+        width = spec.encoder.width
+        self.patch_embed = _Embed(spec.channels, width, (spec.tubelet, spec.patch, spec.patch))
+        self.stack = _Stack(config, spec.encoder, materialised=True)
+        self.head = nn.Linear(width, config.num_classes)
+        self.register_buffer("positions", sinusoid(spec.tokens, width), persistent=False)
+
+    def forward(self, clip: Tensor) -> Tensor:
+        """Class scores [B, num_classes]."""
+        x = self.stack.run(self.patch_embed(clip) + self.positions, recompute=False)
+        return self.head(self.stack.norm(x.mean(1)))
 
 
 class Strong(_Pretrain):

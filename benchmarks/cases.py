@@ -31,11 +31,13 @@ from vmae2_fast.ops.attention import attention as our_attention
 from vmae2_fast.ops.decoder_tokens import decoder_tokens as our_decoder_tokens
 from vmae2_fast.ops.masks import dual_mask as our_dual_mask
 from vmae2_fast.ops.masks import mask_sizes, masks_from_rng
+from vmae2_fast.ops.norm import residual_norm as our_residual_norm
 from vmae2_fast.ops.patches import gather_patches as our_gather_patches
 from vmae2_fast.ops.patches import scatter_patches as our_scatter_patches
 from vmae2_fast.ops.reconstruction import reconstruction_loss as our_reconstruction_loss
 from vmae2_fast.ops.resize import Window
 from vmae2_fast.ops.resize import resize_crop as our_resize_crop
+from vmae2_fast.ops.roi_align import roi_align_max as our_roi_align_max
 
 from . import baselines, plain, strong
 
@@ -50,6 +52,7 @@ MODELS = {
 }  # fmt: skip
 CPU_BATCH = {"vit_s": 4, "vit_b": 4, "vit_l": 4, "vit_h": 4, "vit_g": 2, "toy": 2}  # clips
 GPU_BATCH = {"vit_s": 64, "vit_b": 64, "vit_l": 64, "vit_h": 64, "vit_g": 32, "toy": 2}
+BOXES = 6  # people of a clip, of `roi_align_max`
 RESIZE_FRAMES = 4  # of each clip, of `resize_crop`
 MASKS = 1024  # samples of `dual_mask`: what a loader draws for a global batch
 
@@ -152,6 +155,25 @@ class Batch:
         token = self.random(1, 1, width).detach().float().requires_grad_()
         table = baselines.sinusoid(self.spec.tokens, width).to(self.device)
         return self.random(*self.mask.visible_index.shape, width), token, table
+
+    @functools.cached_property
+    def stream(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Residual stream and branch [B, V, width] of the encoder, weight and bias of its norm (fp32 parameters)."""
+        shape = (*self.mask.visible_index.shape, self.spec.encoder.width)
+        norm = (torch.ones(shape[2:], device=self.device), torch.zeros(shape[2:], device=self.device))
+        return self.random(*shape), self.random(*shape), norm[0].requires_grad_(), norm[1].requires_grad_()
+
+    @functools.cached_property
+    def people(self) -> tuple[Tensor, Tensor]:
+        """Features [B, h, w, width] of 256 x 448 clips, averaged over time, and boxes [n, 5] of all sizes."""
+        patch = self.spec.patch
+        h, w = -(-256 // patch), -(-448 // patch)
+        count = self.clips * BOXES
+        draws = torch.rand(4, count, generator=self.generator, device=self.device)
+        height, width = 25 + 225 * draws[0], 20 + 160 * draws[1]
+        x, y = draws[2] * (448 - width), draws[3] * (256 - height)
+        clip = torch.arange(count, device=self.device) // BOXES
+        return self.random(self.clips, h, w, self.spec.encoder.width), torch.stack([clip, x, y, x + width, y + height], 1)
 
     def _qkv(self, stack: StackSpec | None, tokens: int) -> Tensor:
         assert stack is not None
@@ -372,6 +394,36 @@ def decoder_tokens(x: Batch, compiled: Callable) -> Case:
         bytes=tokens.numel() * x.dtype.itemsize + rows * (4 + 4 * width) + 4 * table.numel(), gradient=lambda b: b.decoder[:2],
         backward_bytes=4 * rows * width + tokens.numel() * x.dtype.itemsize,
         shapes={"visible": list(tokens.shape), "rows": rows},
+    )  # fmt: skip
+
+
+@case("residual_norm", "forward", "forward_backward")
+def residual_norm(x: Batch, compiled: Callable) -> Case:
+    """Residual add and LayerNorm between two half-blocks of the encoder, the stream in the dtype of the branch."""
+    stream, form = x.stream[0], compiled(plain.residual_norm)
+    moved = stream.numel() * stream.dtype.itemsize
+    return Case(
+        ours=lambda b: our_residual_norm(*b.stream[:2], None, None, *b.stream[2:], 1e-6)[1],
+        plain=lambda b: plain.residual_norm(*b.stream)[1],
+        strong={"compiled": lambda b: form(*b.stream)[1]},
+        # Two in and two out; then the gradient and the sum in, one gradient out: it is the branch's too.
+        bytes=4 * moved, gradient=lambda b: b.stream, backward_bytes=3 * moved, shapes={"stream": list(stream.shape)},
+    )  # fmt: skip
+
+
+@case("roi_align_max", "forward", "forward_backward")
+def roi_align_max(x: Batch, compiled: Callable) -> Case:
+    """The largest of 7 x 7 RoIAlign bins of each box. Plain samples box by box and point by point, as the formula says; strong
+    are the two matrix products, for all boxes at once and clip by clip."""
+    features, boxes = x.people
+    options: dict[str, Any] = {"size": 7, "scale": 1 / x.spec.patch}
+    forms = {"matmul": strong.roi_align_max, "matmul by clip": strong.roi_align_max_by_clip}
+    pooled, moved = len(boxes) * features.shape[3], features.numel() * x.dtype.itemsize
+    return Case(
+        ours=lambda b: our_roi_align_max(*b.people, **options), plain=lambda b: plain.roi_align_max(*b.people, **options),
+        strong=each(forms, lambda form, b: form(*b.people, **options)), bytes=moved + pooled * x.dtype.itemsize,
+        gradient=lambda b: (b.people[0],), backward_bytes=moved + pooled * (1 + x.dtype.itemsize),
+        shapes={"features": list(features.shape), "boxes": len(boxes)},
     )  # fmt: skip
 
 

@@ -60,4 +60,26 @@ class Step:
         return result, report.render(result)
 
 
-Suite = Annotated[Ops, tyro.conf.subcommand("ops")] | Annotated[Step, tyro.conf.subcommand("step")]
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes a training step keeps for its backward, counted for each clip, beside the official way in fp32.
+
+    Example: vmae2 bench memory --json
+    """
+
+    models: tuple[str, ...] = ("pretrain_videomae_giant_patch14_224", "vit_giant_patch14_224")
+    """Official names."""
+
+    def run(self) -> tuple[dict[str, Any], str]:
+        """The result and its table."""
+        from . import memory, report
+
+        result = memory.bench_memory(self.models)
+        return result, report.render(result)
+
+
+Suite = (
+    Annotated[Ops, tyro.conf.subcommand("ops")]
+    | Annotated[Step, tyro.conf.subcommand("step")]
+    | Annotated[Memory, tyro.conf.subcommand("memory")]
+)

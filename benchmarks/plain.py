@@ -5,6 +5,7 @@ Masks are bool [B, N], True = hidden, as in the official code. `spec` is a `mode
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -87,6 +88,38 @@ def decoder_tokens(x: Tensor, mask_token: Tensor, positions: Tensor, hidden: Ten
     table = positions.to(x.dtype).expand(b, -1, -1)
     visible, decoded = (table[~mask].reshape(b, -1, width) for mask in (hidden, left_out))
     return torch.cat([x + visible, mask_token + decoded], dim=1)
+
+
+def residual_norm(x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """The sum of a residual stream and a branch [B, N, width], and its LayerNorm in fp32."""
+    x = x + branch
+    return x, F.layer_norm(x.float(), x.shape[-1:], weight, bias, 1e-6).to(x.dtype)
+
+
+def roi_align_max(features: Tensor, boxes: Tensor, size: int, scale: float) -> Tensor:
+    """[n, C] from features [B, H, W, C] and boxes [n, 5]: every sample point of a box by its four neighbours, then the mean
+    over the points of a bin and the maximum over the bins."""
+    _, height, width, _ = features.shape
+    pooled = []
+    for clip, *edges in boxes.tolist():
+        x1, y1, x2, y2 = (edge * scale for edge in edges)
+        points = []
+        for low, high, cells in ((y1, y2, height), (x1, x2, width)):
+            step = max(high - low, 1.0) / size
+            count = math.ceil(step)
+            place = low + (torch.arange(size * count, device=features.device) + 0.5) * step / count
+            used = (place >= -1) & (place <= cells)
+            place = place.clamp(0, cells - 1)
+            first = place.long()
+            points.append((first, (first + 1).clamp(max=cells - 1), place - first, used, count))
+        (top, bottom, down, use_y, rows), (left, right, along, use_x, columns) = points
+        image, down, along = features[int(clip)].float(), down[:, None, None], along[:, None]
+        upper = image[top][:, left] * (1 - along) + image[top][:, right] * along
+        lower = image[bottom][:, left] * (1 - along) + image[bottom][:, right] * along
+        sampled = (upper * (1 - down) + lower * down) * (use_y[:, None] & use_x)[..., None]
+        bins = sampled.unflatten(1, (size, columns)).unflatten(0, (size, rows)).mean((1, 3))
+        pooled.append(bins.amax((0, 1)))
+    return torch.stack(pooled).to(features.dtype)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, factor: Any = None) -> Tensor:

@@ -118,6 +118,13 @@ def ratios(data: dict[str, Any]) -> str:
     return "\n".join(f"{name} {number(value)}" for name, value in found.items())
 
 
+def memory(data: dict[str, Any]) -> str:
+    """The table of `vmae2 bench memory`."""
+    rows = [[row["model"], row["variant"], number(row["bytes"] / 2**20, 1), number(row["share"], 4)] for row in data["rows"]]
+    title = f"saved for backward by one clip ({data['clip']}), torch {data['torch']}"
+    return table(title, ["", "variant", "MiB", "of plain fp32"], rows)
+
+
 def render(data: dict[str, Any]) -> str:
     """The text of one JSON file. Raises ValueError for a file of another kind."""
     if "benchmarks" in data:
@@ -125,6 +132,8 @@ def render(data: dict[str, Any]) -> str:
     if "ratio_vs_plain" in data:
         measured = contests(data, data["ops"].values()) if "ops" in data else steps({**data, "result": data})
         return f"{measured}\n\n{ratios(data)}"
+    if data.get("kind") == "memory":
+        return memory(data)
     if "section" not in data:
         raise ValueError("neither results of pytest-benchmark nor of vmae2 bench nor of gpu-check")
     result = data["result"]

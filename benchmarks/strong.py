@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vmae2_fast.models.sizes import ModelSpec
+from vmae2_fast.ops.roi_align import axis_weights, roi_align
 
 
 def lines(clip: Tensor, index: Tensor, spec: ModelSpec) -> Tensor:
@@ -96,6 +97,25 @@ def resize_crop(frames: Sequence[Tensor], windows: Sequence[Sequence[Any]], size
             images = F.interpolate(cut.float(), (size, size), mode="bilinear", antialias=True).round_().clamp_(0, 255)
         target.copy_((images.flip(3) if w.flip else images).permute(0, 2, 3, 1))
     return out
+
+
+def roi_align_max(features: Tensor, boxes: Tensor, size: int, scale: float) -> Tensor:
+    """[n, C] from features [B, H, W, C] and boxes [n, 5]: bins by two matrix products, then their maximum."""
+    return roi_align(features, boxes, size=size, scale=scale).amax((1, 2)).to(features.dtype)
+
+
+def roi_align_max_by_clip(features: Tensor, boxes: Tensor, size: int, scale: float) -> Tensor:
+    """The same without a copy of the features for every box: one product for all boxes of a clip."""
+    _, height, width, channels = features.shape
+    axis: dict[str, Any] = {"size": size, "scale": scale, "sampling": 0, "aligned": False}
+    rows = axis_weights(boxes[:, 2], boxes[:, 4], height, **axis)
+    columns = axis_weights(boxes[:, 1], boxes[:, 3], width, **axis)
+    pooled = []
+    for clip, image in enumerate(features.float()):
+        mine = boxes[:, 0] == clip
+        lines = (rows[mine].flatten(0, 1) @ image.reshape(height, -1)).view(-1, size, width, channels)
+        pooled.append((columns[mine][:, None] @ lines).amax((1, 2)))
+    return torch.cat(pooled).to(features.dtype)
 
 
 def targets(

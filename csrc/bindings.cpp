@@ -88,6 +88,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     py::dict info;
     info["version"] = VMAE2_VERSION;
     info["compiler"] = compiler();
+    info["openmp"] = openmp();
     info["flags"] = VMAE2_FLAGS;
     info["cpu_features"] = cpu_features();
     info["cpu_isa"] = cpu_isa_name();
@@ -115,6 +116,25 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
            int64_t channels, uintptr_t out, int threads) {
           resize_crop(at<const uint8_t>(buffer), bytes, at<const int64_t>(table), views, frames, height, width, channels,
                       at<uint8_t>(out), threads);
+        },
+        release());
+
+  m.def("roi_align_max",
+        [](uintptr_t features, int dtype, int64_t batch, int64_t height, int64_t width, int64_t channels, uintptr_t boxes,
+           int64_t count, int64_t size, float scale, int64_t sampling, bool aligned, uintptr_t pooled, uintptr_t where,
+           int threads) {
+          roi_align_max({at<const void>(features), Dtype(dtype), batch, height, width, channels, at<const float>(boxes), count,
+                         size, scale, sampling, aligned},
+                        at<void>(pooled), at<uint8_t>(where), threads);
+        },
+        release());
+  m.def("roi_align_max_backward",
+        [](uintptr_t grad, int dtype, int64_t batch, int64_t height, int64_t width, int64_t channels, uintptr_t boxes,
+           int64_t count, int64_t size, float scale, int64_t sampling, bool aligned, uintptr_t where, uintptr_t out,
+           int threads) {
+          roi_align_max_backward({nullptr, Dtype(dtype), batch, height, width, channels, at<const float>(boxes), count, size,
+                                  scale, sampling, aligned},
+                                 at<const void>(grad), at<const uint8_t>(where), at<void>(out), threads);
         },
         release());
 

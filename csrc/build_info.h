@@ -9,6 +9,9 @@ namespace vmae2 {
 // Instruction sets of the running processor that kernels may choose by, detected at run time.
 std::vector<std::string> cpu_features();
 
+// Whether kernels run on several threads: the compiler had OpenMP.
+bool openmp();
+
 // Name and version of the compiler that built the extension.
 std::string compiler();
 

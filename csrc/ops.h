@@ -66,6 +66,21 @@ constexpr int64_t kResizeColumns = 10;
 void resize_crop(const uint8_t* buffer, int64_t bytes, const int64_t* table, int64_t views, int64_t frames, int64_t height,
                  int64_t width, int64_t channels, uint8_t* out, int threads);
 
+// roi_align.cpp. features: [batch, height, width, channels]; boxes: [count, 5], (clip, x1, y1, x2, y2) in pixels; pooled, grad
+// and where, the bin of each maximum: [count, channels]; out, the gradient of features, is written whole.
+struct RoiAlign {
+  const void* features;  // null in the backward
+  Dtype dtype;
+  int64_t batch, height, width, channels;
+  const float* boxes;
+  int64_t count, size;
+  float scale;
+  int64_t sampling;
+  bool aligned;
+};
+void roi_align_max(const RoiAlign& in, void* pooled, uint8_t* where, int threads);
+void roi_align_max_backward(const RoiAlign& in, const void* grad, const uint8_t* where, void* out, int threads);
+
 // The same ops on a GPU's memory, queued on a stream: they return at once, and throw std::runtime_error if a launch fails.
 // Looking at indices would mean waiting for them, so an id outside the grid gives NaN (scatter_patches: leaves its row out),
 // never an access outside the clip, and of rows that scatter_patches would put at one token the last wins.

@@ -50,10 +50,10 @@ def _attributes(signature: dict[str, Any]) -> tuple[dict[str, Any], dict[tuple[i
 
 
 def _compile(configuration: tuple[Any, ...], arch: int) -> dict[str, Any]:
-    name, kernel, signature, constexprs, warps, stages, *options = configuration
+    name, kernel, signature, constexprs, warps, stages, options, _ = configuration
     plain, marks = _attributes(signature)
     source = ASTSource(kernel, plain, constexprs, marks)
-    options = {"num_warps": warps, "num_stages": stages, **(options[0] if options else {})}
+    options = {"num_warps": warps, "num_stages": stages, **options}
     binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     return {"name": name, "arch": arch, "warps": warps, "shared": binary.metadata.shared, **_read(binary)}
 
@@ -80,8 +80,10 @@ def _read(binary: Any) -> dict[str, Any]:
     return {
         "registers": registers,
         "spills": stack + len(re.findall(r"\b(?:STL|LDL)\b", sass)),
-        "load": widest("LDG"),
+        "load": widest("LDG(?:STS)?"),
         "store": widest("STG"),
+        "narrow": len(re.findall(r"\b(?:LDG|LDGSTS|STG)\.E\S*\.[US](?:8|16)\b", sass)),
+        "mma": {name: len(re.findall(rf"\b{name}\b", sass)) for name in ("HMMA", "HGMMA", "UTCHMMA")},
         "fused": len(re.findall(r"\bfma\.", binary.asm["ptx"])),
     }
 
@@ -109,7 +111,12 @@ def _one(arguments: tuple[str, int, int]) -> dict[str, Any]:
 
 def main(folder: str, *archs: str) -> None:
     _start()
-    work = [(folder, position, int(arch)) for position in range(len(_all)) for arch in archs]
+    work = [
+        (folder, position, int(arch))
+        for position, configuration in enumerate(_all)
+        for arch in archs
+        if not configuration[-1] or int(arch) in configuration[-1]
+    ]
     with ProcessPoolExecutor(os.cpu_count(), get_context("spawn"), _start) as pool:
         for result in pool.map(_one, work):
             print(json.dumps(result), flush=True)

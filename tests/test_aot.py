@@ -19,6 +19,7 @@ if os.environ.get("VMAE2_AOT") != "all":  # make aot without Triton is a failure
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # that a block can have
+TENSOR_CORE = {90: "HGMMA", 100: "UTCHMMA"}  # wgmma, tcgen05; elsewhere mma.sync, HMMA
 ARCHS = list(SHARED_KIB) if os.environ.get("VMAE2_AOT") == "all" else [90]
 
 # Bits of the widest load and store that a layout allows: lines and rows that start on 16-byte boundaries.
@@ -32,6 +33,9 @@ WIDE = [
     (r"reconstruction_loss .*/gradient_kernel", 128, 128),
     (r"decoder_tokens .*/assemble_kernel", 128, 128),
     (r"decoder_tokens_backward .*/column_sum_kernel 1", 128, 32),
+    (r"residual_norm ", 128, 128),
+    (r"residual_norm_backward ", 128, 128),
+    (r"attention ", 128, 128),
 ]
 
 
@@ -49,18 +53,19 @@ def compiled(pytestconfig: pytest.Config) -> list[dict]:
     )
     assert done.returncode == 0, done.stderr[-4000:]
     kernels = [json.loads(line) for line in done.stdout.splitlines()]
-    print(f"\n{'kernel':104} arch warps registers spills shared load store")
+    print(f"\n{'kernel':104} arch warps registers spills shared load store tensor core")
     for k in kernels:
         print(
             f"{k['name']:104} {k['arch']:4} {k['warps']:5} {k['registers']:9} {k['spills']:6} {k['shared']:6} "
-            f"{k['load']:4} {k['store']:5}"
+            f"{k['load']:4} {k['store']:5} {' '.join(f'{count} {name}' for name, count in k['mma'].items() if count)}"
         )
     return kernels
 
 
 def test_every_module_of_kernels_is_compiled(compiled: list[dict]) -> None:
     names = {k["name"].split()[0].split("/")[0] for k in compiled}
-    assert {"dual_mask", "gather_patches", "scatter_patches", "reconstruction_loss", "decoder_tokens"} <= names
+    patches = {"gather_patches", "scatter_patches", "reconstruction_loss"}
+    assert {"dual_mask", *patches, "decoder_tokens", "residual_norm", "residual_norm_backward", "attention"} <= names
     assert {k["arch"] for k in compiled} == set(ARCHS)
     assert len({(k["name"], k["arch"]) for k in compiled}) == len(compiled)
 
@@ -81,6 +86,19 @@ def test_accesses_are_as_wide_as_the_layout_allows(compiled: list[dict]) -> None
                 break
     for pattern, *_ in WIDE:
         assert any(re.match(pattern, k["name"]) for k in compiled), pattern
+
+
+def test_attention_in_half_precision_runs_on_the_best_tensor_core_and_float32_on_none(compiled: list[dict]) -> None:
+    attention = [k for k in compiled if k["name"].startswith("attention ")]
+    kernels = ("forward", "backward_queries", "backward_keys")
+    for arch in ARCHS:
+        there = {(k["name"].split()[1], k["name"].split("/")[1]) for k in attention if k["arch"] == arch}
+        assert there == {(d, kernel) for d in ("64", "80", "88", "96", "128") for kernel in kernels}
+    for k in attention:
+        best = TENSOR_CORE.get(k["arch"], "HMMA")
+        wanted = {best} if " bfloat16 " in k["name"] else set()
+        assert {name for name, count in k["mma"].items() if count} == wanted, k
+        assert k["narrow"] == 0, k  # log-sum-exp and delta are single words: narrower ones show a mistake
 
 
 def test_normalisation_rounds_twice(compiled: list[dict]) -> None:

@@ -189,7 +189,7 @@ def test_triton_on_the_cpu_runs_only_in_its_interpreter(request_: str, monkeypat
 @pytest.mark.skipif(backend.native() is None, reason="no native extension")
 def test_build_info() -> None:
     info = backend.native().build_info()
-    assert set(info) == {"version", "compiler", "flags", "cpu_features", "cpu_isa", "cuda"}
+    assert set(info) == {"version", "compiler", "openmp", "flags", "cpu_features", "cpu_isa", "cuda"}
     assert info["cpu_isa"] in backend.native().supported_cpu_isas()
     assert info["cuda"] == backend.native().cuda_available()
     assert "-O3" in info["flags"]

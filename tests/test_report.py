@@ -9,7 +9,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from tests import tiny_runs as tiny
-from vmae2_fast import report
+from vmae2_fast import pictures, report
 from vmae2_fast.config import Progression
 from vmae2_fast.tasks import ClassifyTask
 from vmae2_fast.train.log import read_metrics
@@ -43,7 +43,7 @@ def test_shuffled_accuracy_comes_from_shuffled_frames(finished, monkeypatch):
 
 def test_pictures_show_what_was_recorded(finished, monkeypatch):
     progression, results = finished
-    pyplot, figures = report._pyplot(), list[Figure]()
+    pyplot, figures = pictures.pyplot(), list[Figure]()
     monkeypatch.setattr(pyplot, "close", figures.append)
     summary = report.write_report(progression, results)
     monkeypatch.undo()

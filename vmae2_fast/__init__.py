@@ -24,6 +24,7 @@ _LAZY = {
     "build_model": "models",
     "load_weights": "models",
     "save_weights": "models",
+    "export_model": "export",
     "VideoLoader": "data",
     "EvaluationLoader": "data",
 }
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from .backend import use_backend as use_backend
     from .data import EvaluationLoader as EvaluationLoader
     from .data import VideoLoader as VideoLoader
+    from .export import export_model as export_model
     from .models import build_model as build_model
     from .models import create_model as create_model
     from .models import load_weights as load_weights

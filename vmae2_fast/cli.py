@@ -11,15 +11,16 @@ import dataclasses
 import functools
 import io
 import json
+import os
 import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
-from . import __version__, backend, cli_files
+from . import __version__, backend, cli_ava, cli_classify, cli_data
 from .benchmarks import options
 from .config import MaskConfig, ModelConfig, Progression, load
 
@@ -42,6 +43,11 @@ class LaunchOptions:
     """Run the named stages from their start, in place of what is there."""
     dry_run: bool = False
     """Print the plan and stop."""
+    gpus: int | None = None
+    """Processes on this machine, one on each GPU (without GPUs: on the CPU); default all visible GPUs. Under torchrun or
+    srun the processes that are there join."""
+    restarts: int = 0
+    """Times the processes are started again from the last checkpoint when one of them fails."""
     json: bool = False
     """Print the summary as the last line on stdout."""
 
@@ -58,15 +64,7 @@ def launch(arguments: list[str]) -> dict[str, Any]:
         print(launch.__doc__)
         print("Recipes:\n" + recipes_index.listing())
         parse(LaunchOptions, ["--help"], "vmae2 launch RECIPE")
-    name, *rest = arguments
-    recipe = recipes_index.find(name)
-    prog = f"vmae2 launch {name}"
-    helped = any(a in ("-h", "--help") for a in rest)
-    rest = [a for a in rest if a not in ("-h", "--help")]
-    options, rest = parse(LaunchOptions, rest, prog, return_unknown_args=True)
-    made, rest = parse(recipe, rest, prog, return_unknown_args=True)
-    run = recipes_index.override(made, [*rest, "--help"] if helped else rest, prog, parse)
-    return _run(run, options)
+    return _run(*recipes_index.with_options(arguments, LaunchOptions, "vmae2 launch", parse), arguments)
 
 
 def parse(target: Any, arguments: list[str], prog: str, **options: Any) -> Any:
@@ -91,10 +89,33 @@ def _one_line(box: str) -> str:
     return head.strip() + (f"; did you mean {' or '.join(flags[:3])}?" if offers and flags else "")
 
 
-def _run(run: Any, options: LaunchOptions) -> dict[str, Any]:
-    from .report import missing, summarise, write_report, write_summary
-    from .train.loop import train
-    from .train.progression import check_stage, describe, run_progression, selected, smoke
+def _spread(options: LaunchOptions, arguments: list[str]) -> None:
+    """Become `torch.distributed.run` of the same command with one process a GPU; returns where one process is enough."""
+    import torch
+
+    from .train.parallel import placement
+
+    wanted = torch.cuda.device_count() if options.gpus is None else options.gpus
+    present = torch.cuda.device_count()
+    if options.gpus is not None and (wanted < 1 or (present and wanted > present)):
+        raise ValueError(f"--gpus {wanted}: must be at least 1 and at most {present or 'the cores'} here")
+    if options.restarts < 0:
+        raise ValueError(f"--restarts {options.restarts}: must be at least 0")
+    if placement().size > 1 or "TORCHELASTIC_RUN_ID" in os.environ or (wanted <= 1 and not options.restarts):
+        return
+    # c10d rendezvous: with a static one a restart after a crash does not come together again.
+    agent = ["--nnodes=1", f"--nproc-per-node={max(wanted, 1)}", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
+    agent += [f"--max-restarts={options.restarts}", "--module", "vmae2_fast", "launch"]
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execv(sys.executable, [sys.executable, "-m", "torch.distributed.run", *agent, *arguments])
+
+
+def _run(run: Any, options: LaunchOptions, arguments: list[str]) -> dict[str, Any]:
+    from .report import missing
+    from .train.loop import split_batch
+    from .train.parallel import leave, placement
+    from .train.progression import check_stage, describe, selected, smoke
 
     if options.smoke:
         run = smoke(run)
@@ -110,13 +131,33 @@ def _run(run: Any, options: LaunchOptions) -> dict[str, Any]:
     built = backend.native() is not None
     kernels = "with native kernels" if built else "WITHOUT native kernels (not built): reference implementations, slower"
     print(f"vmae2_fast {__version__} {kernels}; `vmae2 env` tells more", file=sys.stderr)
-    for line in plan:
-        print(line, file=sys.stderr)
+    world = placement()
+    if world.first:
+        for line in plan:
+            print(line, file=sys.stderr)
     if options.dry_run:
         return {"plan": plan}
+    _spread(options, arguments)
+    for stage in stages:
+        split_batch(stage, world.size)
+    try:
+        return _train(run, options, stages)
+    finally:
+        leave()
+
+
+def _train(run: Any, options: LaunchOptions, stages: list[Any]) -> dict[str, Any]:
+    from .report import missing, summarise, write_report, write_summary
+    from .train.loop import train
+    from .train.parallel import placement
+    from .train.progression import run_progression
+
+    first = placement().first
     if not isinstance(run, Progression):
         return train(run, init=options.weights, resume=not options.restart)
     results = run_progression(run, start=options.start, until=options.until, init=options.weights, resume=not options.restart)
+    if not first:
+        return {}
     if len(stages) < len(run.stages):
         summary = summarise(run, results)
         write_summary(summary, Path(run.out))
@@ -213,43 +254,6 @@ def reconstruct(
     return paths
 
 
-def classify(
-    videos: tyro.conf.Positional[list[str]],
-    *,
-    weights: str = "runs/demo/finetune",
-    model: str | None = None,
-    segments: int = 5,
-    crops: int = 3,
-    stride: int = 2,
-    topk: int = 5,
-) -> list[dict[str, Any]]:
-    """Name what happens in videos, with a fine-tuned or distilled model.
-
-    Example: vmae2 classify clip.mp4 --weights runs/demo/finetune
-
-    Args:
-        videos: video files.
-        weights: run directory or weights file of a classification model.
-        model: official name, where the weights file does not hold it.
-        segments: clips in time.
-        crops: views in space.
-        stride: frames between two sampled frames.
-        topk: classes shown.
-    """
-    from .inference import classify as run
-    from .inference import load_model
-
-    if not videos or min(segments, crops, topk, stride) < 1:
-        raise ValueError("classify needs at least one video, and segments, crops, topk and stride of at least 1")
-    loaded = load_model(weights, model, kind="classify")
-    results = []
-    for video in videos:
-        predictions = run(loaded, video, segments=segments, crops=crops, stride=stride, topk=topk)
-        print(f"{video}: " + ", ".join(f"{p.label} {100 * p.probability:.1f} %" for p in predictions))
-        results.append({"video": video, "predictions": [p._asdict() for p in predictions]})
-    return results
-
-
 def ledger(
     model: tyro.conf.Positional[str],
     *,
@@ -257,11 +261,17 @@ def ledger(
     size: int = 224,
     num_classes: int = 0,
     views: int = 1,
+    precision: Literal["float32", "bfloat16"] = "bfloat16",
+    residual_dtype: Literal["float32", "bfloat16"] = "float32",
+    activation_checkpoint: Literal["none", "mlp", "block"] = "none",
+    layer_scale: float = 0.0,
+    drop_path: float = 0.0,
     mask: MaskConfig = _DUAL,
 ) -> dict[str, Any]:
     """Print a model's parameters, tokens, multiply-accumulates and bytes before anything runs.
 
     Example: vmae2 ledger pretrain_videomae_giant_patch14_224
+    Example: vmae2 ledger vit_giant_patch14_224 --num-classes 710 --residual-dtype bfloat16
 
     Args:
         model: official name.
@@ -269,12 +279,21 @@ def ledger(
         size: height and width in pixels.
         num_classes: classes of the head.
         views: clips of one multi-view test.
+        precision: autocast dtype of a step.
+        residual_dtype: of the residual stream.
+        activation_checkpoint: what is recomputed in the backward.
+        layer_scale: initial value of the branch scales; above 0 a block keeps its branches.
+        drop_path: of the last block.
         mask: dual masking of pre-training models.
     """
     from .train.ledger import ledger as account
     from .train.ledger import table
 
-    result = account(ModelConfig(name=model, frames=frames, size=size, num_classes=num_classes), mask, views=views)
+    config = ModelConfig(
+        name=model, frames=frames, size=size, num_classes=num_classes, residual_dtype=residual_dtype,
+        activation_checkpoint=activation_checkpoint, layer_scale=layer_scale, drop_path=drop_path,
+    )  # fmt: skip
+    result = account(config, mask, precision=precision, views=views)
     print(table(result))
     return result
 
@@ -318,19 +337,26 @@ def report(out: tyro.conf.Positional[str] = "runs/demo") -> dict[str, Any]:
 
 
 def bench(suite: tyro.conf.OmitSubcommandPrefixes[tyro.conf.OmitArgPrefixes[options.Suite]]) -> dict[str, Any]:
-    """Time ours beside the honest alternatives, in turns: single ops, or whole pre-training steps.
+    """Measure ours beside the honest alternatives: single ops or whole pre-training steps in turns, or the bytes a step keeps.
 
     Example: vmae2 bench ops --only gather_vit_b masks
     Example: vmae2 bench step --model vit_base --batch 2 --json
+    Example: vmae2 bench memory
     """
     result, table = suite.run()
     print(table)
     return result
 
 
+GROUPS: dict[str, dict[str, Callable[..., Any]]] = cli_ava.COMMANDS
+"""Commands of two words: `vmae2 score ava`."""
+
 COMMANDS: dict[str, Callable[..., Any]] = {
-    f.__name__: f for f in (recipes, env, reconstruct, classify, ledger, convert, report, bench)
-} | {f"data {name}": command for name, command in cli_files.COMMANDS.items()}
+    f.__name__: f for f in (recipes, env, reconstruct, *cli_classify.COMMANDS, ledger, convert, report, bench)
+}
+
+
+_WITH_OWN_FLAGS: dict[str, Callable[[list[str]], Any]] = {"launch": launch, "data": cli_data.data}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -344,37 +370,52 @@ def main(arguments: list[str] | None = None) -> None:
             raise
         print(f"vmae2: error: {error}", file=sys.stderr)
         sys.exit(2)
-    if as_json:
+    if as_json and int(os.environ.get("RANK", 0)) == 0:  # one line, however many processes ran
         print(json.dumps(result), flush=True)
 
 
 def _dispatch(arguments: list[str]) -> Any:
-    if arguments and arguments[0] == "launch":
-        return launch(arguments[1:])
+    if arguments and arguments[0] in _WITH_OWN_FLAGS:
+        return _WITH_OWN_FLAGS[arguments[0]](arguments[1:])
     arguments = [a for a in arguments if a != "--json"]
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_usage())
         return {}
-    if arguments[0] == "data":
-        arguments = [" ".join(arguments[:2]), *arguments[2:]]
-    if arguments[0] not in COMMANDS:
-        from .config import unknown
+    from .config import unknown
 
-        raise ValueError(unknown("command", arguments[0], ["launch", *COMMANDS]))
-    command = COMMANDS[arguments[0]]
+    name, known = arguments[0], COMMANDS
+    if name in GROUPS and (name not in COMMANDS or (arguments[1:2] and arguments[1] in GROUPS[name])):
+        _, *arguments = arguments
+        if not arguments or arguments[0] in ("-h", "--help"):
+            print(usage(f"vmae2 {name} COMMAND [--help] [--json] ...", f"`vmae2 {name}` of detections.", GROUPS[name]))
+            return {}
+        known, name = {f"{name} {what}": command for what, command in GROUPS[name].items()}, f"{name} {arguments[0]}"
+    if name not in known:
+        there = [*_WITH_OWN_FLAGS, *COMMANDS, *GROUPS] if known is COMMANDS else list(known)
+        raise ValueError(unknown("command", name, there))
+    return call(known[name], arguments[1:], f"vmae2 {name}")
+
+
+def call(command: Callable[..., Any], arguments: list[str], prog: str) -> Any:
+    """Run a command whose flags are its arguments."""
 
     @functools.wraps(command)
     def bound(*args: Any, **kwargs: Any) -> Any:
         return functools.partial(command, *args, **kwargs)  # parsed first, run after: only parsing is captured
 
-    return parse(bound, arguments[1:], f"vmae2 {arguments[0]}")()
+    return parse(bound, arguments, prog)()
 
 
 def _usage() -> str:
-    lines = ["usage: vmae2 COMMAND [--help] [--json] ...", "", __doc__.split("\n")[0], ""]
-    for name, command in {"launch": launch, **COMMANDS}.items():
-        lines.append(f"  {name:<14} {(command.__doc__ or '').splitlines()[0]}")
-    return "\n".join(lines)
+    grouped = {f"{group} {what}": command for group, members in GROUPS.items() for what, command in members.items()}
+    commands = {**_WITH_OWN_FLAGS, **COMMANDS, **grouped}
+    return usage("vmae2 COMMAND [--help] [--json] ...", __doc__.split("\n")[0], commands)
+
+
+def usage(form: str, about: str, commands: dict[str, Callable[..., Any]]) -> str:
+    """What a command of commands offers."""
+    lines = [f"  {name:<12} {(command.__doc__ or '').splitlines()[0]}" for name, command in commands.items()]
+    return "\n".join([f"usage: {form}", "", about, "", *lines])
 
 
 def _expected(error: BaseException) -> bool:

@@ -59,11 +59,18 @@ class ModelConfig:
     decoder_width: int | None = None
     decoder_depth: int = 4
     decoder_heads: int | None = None
+    decoder_outputs: int | None = None
+    """Values the decoder predicts for a token; None: the pixels of its patch."""
     num_classes: int = 0
     """Classes of the head; 0 gives a trunk without a head. Ignored by pre-training models."""
-    pooling: Literal["mean", "first"] = "mean"
-    """Mean over tokens then fc_norm (the official default), or the final norm's first token."""
+    pooling: Literal["mean", "first", "attentive"] = "mean"
+    """Mean over tokens then fc_norm (the official default), the final norm's first token, or attention of one learned query
+    over all tokens, then fc_norm (for an attentive probe)."""
     drop_path: float = 0.0
+    """Stochastic depth: probability with which the last block drops a branch of a sample; it grows linearly from 0."""
+    drop_path_skip: bool = False
+    """Leave dropped samples out of a branch's work, instead of multiplying what they give by 0. Shapes then vary from step to
+    step, which no CUDA graph can hold."""
     head_dropout: float = 0.0
     head_init_scale: float = 0.001
     init_std: float = 0.02
@@ -120,6 +127,54 @@ class SourceConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AugmentConfig:
+    """What fine-tuning does to clips beside crop and flip: nothing by default, `data.augment.OFFICIAL` as published."""
+
+    randaugment: str | None = None
+    """A policy string such as `rand-m7-n4-mstd0.5-inc1`, see `data.randaugment.parse_policy`; None: none."""
+    erase: float = 0.0
+    """Probability that a rectangle of a view is filled with noise."""
+
+    def __post_init__(self) -> None:
+        require(0 <= self.erase <= 1, f"augment.erase={self.erase}: must lie in [0, 1]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixConfig:
+    """Mixing clips, and their labels, with each other: none by default, `data.augment.OFFICIAL_MIX` as published."""
+
+    mixup: float = 0.0
+    """Both parameters of the Beta distribution of the shares; 0: no mixup."""
+    cutmix: float = 0.0
+    """The same of the areas; 0: no cutmix."""
+    probability: float = 1.0
+    """Of mixing a group of clips at all."""
+    switch_probability: float = 0.5
+    """Of cutmix where both are on."""
+    clips: int = 2
+    """Clips (decodes) of a group, which is mixed within itself and in one way; micro-batches hold whole groups. Official:
+    all clips of a device."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, "mix", 0, "mixup", "cutmix")
+        _at_least(self, "mix", 1, "clips")
+        for name in ("probability", "switch_probability"):
+            value = getattr(self, name)
+            require(0 <= value <= 1, f"mix.{name}={value}: must lie in [0, 1]")
+
+    @property
+    def enabled(self) -> bool:
+        return self.probability > 0 and max(self.mixup, self.cutmix) > 0
+
+    def check(self, run: RunConfig) -> None:
+        """Raise ValueError unless every micro-batch of `run` holds whole groups."""
+        if self.enabled:
+            rows = run.train.micro_batch or run.train.global_batch
+            name = "train.global_batch" if run.train.micro_batch is None else "train.micro_batch"
+            divisible(name, rows, "mix.clips * data.views", self.clips * run.data.views)
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Which clips, and how each is cut out of its video."""
 
@@ -133,6 +188,7 @@ class DataConfig:
     """Views of one decode (`num_sample`): they share frames, crop and masks are drawn anew for each."""
     crop: Literal["multi_scale", "random_resized", "center"] = "multi_scale"
     flip: bool = False
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
     workers: int = 2
     """Decoder processes; 0 decodes in a thread of the training process, where `timeout_s` cannot be kept."""
     prefetch: int = 4
@@ -184,6 +240,9 @@ class OptimConfig:
     layer_decay: float = 1.0
     clip_grad: float | None = None
     """Global gradient norm above which gradients are scaled down."""
+    ema_decay: float | None = None
+    """Moving average of the weights, w <- d w + (1 - d) p after every step (official option: 0.9999); None: none. With one,
+    validation and the weights written at the end are the average's."""
 
     def __post_init__(self) -> None:
         names = ("lr", "lr_batch", "min_lr", "warmup_epochs", "eps", "weight_decay", "weight_decay_end")
@@ -192,6 +251,8 @@ class OptimConfig:
         require(0 < self.layer_decay <= 1, f"optim.layer_decay={self.layer_decay}: must lie above 0 and be at most 1")
         clip = self.clip_grad
         require(clip is None or clip > 0, f"optim.clip_grad={clip}: must be above 0, or None for no clipping")
+        ema = self.ema_decay
+        require(ema is None or 0 < ema < 1, f"optim.ema_decay={ema}: must lie between 0 and 1, or None for no average")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,23 +263,35 @@ class TrainConfig:
     global_batch: int = 64
     """Clips (views counted) of one optimiser step over all devices; it belongs to the recipe."""
     micro_batch: int | None = None
-    """Clips of one forward; None: all of them at once. Must divide the global batch."""
+    """Clips of one forward on one rank; None: all of its share at once. Times the ranks it must divide the global batch."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """On several ranks: the whole model on each, or parameters, gradients and moments split over them (FSDP2)."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """bfloat16: autocast."""
+    compile: Literal["none", "blocks", "model"] = "none"
+    """What torch.compile gets: every transformer block by itself (fast to compile), or the whole model."""
+    cuda_graph: bool = False
+    """Replay forward and backward of a micro-batch as one CUDA graph; needs a GPU. See `train.execution`."""
     threads: int | None = None
     """CPU threads of a step; None: torch's own choice. Models of demo size are faster on one than on two."""
     loss_denominator: Literal["code", "paper"] = "code"
     checkpoint_every: int = 500
     """Optimiser steps between two checkpoints; the end of the run always saves."""
     keep_checkpoints: int = 2
+    keep_every: int = 0
+    """Checkpoints whose step is a multiple of this stay for good; 0: none."""
+    max_skipped: int = 100
+    """Steps in a row that may be skipped for a non-finite loss or gradient before the run ends with exit code 3."""
     log_every: int = 10
+    stuck_after: int = 1800
+    """Seconds without a finished step after which every rank writes the stacks of its threads; 0: never."""
     validate_every: int = 0
     """Epochs between two validations; 0: only at the end."""
 
     def __post_init__(self) -> None:
         names = ("epochs", "global_batch", "micro_batch", "threads", "checkpoint_every", "keep_checkpoints", "log_every")
-        _at_least(self, "train", 1, *names)
-        _at_least(self, "train", 0, "validate_every")
+        _at_least(self, "train", 1, *names, "max_skipped")
+        _at_least(self, "train", 0, "validate_every", "keep_every", "stuck_after")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,6 +318,11 @@ class RunConfig:
         if train.micro_batch is not None:
             divisible("train.global_batch", train.global_batch, "train.micro_batch", train.micro_batch)
             divisible("train.micro_batch", train.micro_batch, "data.views", self.data.views)
+        require(
+            not (train.cuda_graph and self.model.drop_path_skip),
+            "train.cuda_graph and model.drop_path_skip exclude each other: a graph has fixed shapes, and skipping dropped "
+            "samples changes them from step to step; turn one of them off",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -260,31 +338,117 @@ class ClassifyConfig(RunConfig):
     """Post-pre-training and fine-tuning."""
 
     label_smoothing: float = 0.1
+    frozen: bool = False
+    """Train only what follows the blocks: a linear probe, with `model.pooling="attentive"` an attentive one."""
+    mix: MixConfig = field(default_factory=MixConfig)
     views: ViewsConfig = field(default_factory=ViewsConfig)
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.frozen:
+            decay, drop = self.optim.layer_decay, self.model.drop_path
+            require(decay == 1, f"frozen: optim.layer_decay={decay} has no layers to act on; set it to 1")
+            require(drop == 0, f"frozen: model.drop_path={drop} must be 0, the blocks stand still")
         require(0 <= self.label_smoothing < 1, f"label_smoothing={self.label_smoothing}: must lie in [0, 1)")
+        self.mix.check(self)
 
 
 @dataclass(frozen=True, kw_only=True)
 class DistillConfig(RunConfig):
-    """A small student learns a teacher's distribution over classes (paper, appendix on distillation)."""
+    """A small student learns from a frozen teacher (paper, appendix on distillation)."""
 
     teacher: ModelConfig
     teacher_weights: str | None = None
+    objective: Literal["kl", "soft_ce", "deit_soft", "deit_hard", "features"] = "kl"
+    """What the student matches, see `tasks.distill`: the teacher's distribution (kl: the paper's choice), or, as a
+    pretrain_videomae_* model, its features at hidden tokens."""
     temperature: float = 3.0
     label_weight: float = 0.0
-    """Weight of the cross-entropy with the true label beside the KL term."""
+    """Weight of the cross-entropy with the true label beside the kl and soft_ce terms."""
+    alpha: float = 0.5
+    """Share of the teacher's term in the deit objectives, beside the label's."""
+    normalize_features: bool = True
+    """features: bring each of the teacher's tokens to mean 0 and variance 1 first."""
+    mask: MaskConfig = field(default_factory=lambda: MaskConfig(decoder="none"))
+    """features: what is hidden from the student."""
+    teacher_precision: Literal["float32", "bfloat16"] = "bfloat16"
+    teacher_cache: str | None = None
+    """Folder of the teacher's logits by position and view: those in it are read, others are computed and added."""
+    mix: MixConfig = field(default_factory=MixConfig)
     views: ViewsConfig = field(default_factory=ViewsConfig)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.temperature > 0, f"temperature={self.temperature}: must be above 0")
         require(self.label_weight >= 0, f"label_weight={self.label_weight}: must be at least 0")
+        require(0 <= self.alpha <= 1, f"alpha={self.alpha}: must lie in [0, 1]")
+        if self.objective == "features":
+            require(self.teacher_cache is None, "teacher_cache: holds logits, which objective=features does not use")
+        self.mix.check(self)
 
 
-Stage = PretrainConfig | ClassifyConfig | DistillConfig
+@dataclass(frozen=True, kw_only=True)
+class AvaDataConfig(DataConfig):
+    """Clips around the key frames of AVA or AVA-Kinetics; `sources`, `sampling`, `views` and `crop` have no meaning here."""
+
+    videos: str = ""
+    """Folder of VIDEO.mp4 (or another ending) or VIDEO/ folders of images."""
+    annotations: str = ""
+    exclusions: str | None = None
+    labels: str | None = None
+    """Label map of the actions that count in frame-mAP (.pbtxt); None: all that are annotated."""
+    boxes: str | None = None
+    """Detected people (.csv, .json, .pkl) for evaluation; None: the annotated boxes."""
+    box_images: str | None = None
+    """JSON of the images that the boxes of a .json belong to."""
+    box_score: float = 0.8
+    """Detected boxes below it are left out."""
+    box_extension: tuple[float, float] = (0.1, 0.05)
+    """Detected boxes grow by these shares of their width and height before they are pooled."""
+    box_jitter: bool = True
+    """Move the sides of annotated boxes while training."""
+    max_boxes: int = 100
+    """Boxes of a clip while training; of more a random subset."""
+    short_side: tuple[int, int] = (256, 256)
+    """Range of the short side a training clip is resized to before its crop; evaluation takes the first, uncropped."""
+    start_second: float = 0.0
+    """Second of the first frame: 900 for AVA films that were cut from 15:00 on."""
+    frame_rate: float = 30.0
+    """Of image folders; videos have timestamps."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _at_least(self, "data", 1, "max_boxes")
+        low, high = self.short_side
+        require(1 <= low <= high, f"data.short_side={self.short_side}: must be a range of positive sizes")
+        require(self.frame_rate > 0, f"data.frame_rate={self.frame_rate}: must be above 0")
+        require(self.views == 1, f"data.views={self.views}: key frames have one view")
+        require(min(self.box_extension) >= 0, f"data.box_extension={self.box_extension}: must not be negative")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AvaConfig(RunConfig):
+    """Action detection in space and time: the actions of people given by boxes (AVA, AVA-Kinetics)."""
+
+    data: AvaDataConfig
+    validation: AvaDataConfig | None = None
+    style: Literal["videomae", "activitynet", "mmaction2"] = "videomae"
+    """Evaluator that frame-mAP is computed as; the ActivityNet one is reported beside it."""
+    bins: int = 7
+    """RoIAlign bins of a box along an axis."""
+    aligned: bool = False
+    """RoIAlign's half-pixel shift."""
+    norm_from_head: bool = False
+    """Start the final norm from the fine-tuned classifier's `fc_norm`; the released script leaves it at its initial values."""
+    clips: int = 8
+    """Clips of one size in a forward at evaluation."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _at_least(self, "config", 1, "bins", "clips")
+
+
+Stage = PretrainConfig | ClassifyConfig | DistillConfig | AvaConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -292,7 +456,9 @@ class PrepareConfig:
     """Data made before the first stage, with `OUT/data/datasets.toml` for the stages to read."""
 
     folder: str | None = None
-    """A folder of labelled videos (file name or sub-folder = label); None writes the moving scenes."""
+    """A folder of labelled videos (file name or sub-folder = label); None writes scenes of ours."""
+    scenes: Literal["moving", "boxes"] = "moving"
+    """Moving scenes with a class each, or scenes with several boxes in AVA's formats."""
     size: int = 64
     """Height and width of a scene; short side of the small copies made of a folder's videos."""
     scale: float = 1.0
@@ -322,7 +488,33 @@ class Progression:
         raise ValueError(unknown("stage", name, [s.name for s in self.stages]))
 
 
-KINDS: dict[str, type] = {c.__name__: c for c in (PretrainConfig, ClassifyConfig, DistillConfig, Progression)}
+@dataclass(frozen=True, kw_only=True)
+class ExtractConfig:
+    """How features are taken."""
+
+    level: Literal["clip", "frame"] = "clip"
+    stride: int = 1
+    """Frames between two sampled frames."""
+    step: int | None = None
+    """Frames between the starts of two windows; None: a whole window. Clip level only."""
+    resize: Literal["crop", "squash"] = "crop"
+    """The centre square, or the whole frame without its aspect ratio (released features for temporal detection)."""
+    format: Literal["npy", "safetensors"] = "npy"
+    """npy: float32 [N, D]; safetensors: `features` and `frames` int64 [N, 2], first frame and one past the last."""
+    batch: int = 16
+    """Windows of one forward."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+
+    def __post_init__(self) -> None:
+        for name in ("stride", "batch"):
+            require(getattr(self, name) >= 1, f"extract: {name}={getattr(self, name)} must be at least 1")
+        require(self.step is None or self.step >= 1, f"extract: step={self.step} must be at least 1")
+        require(self.level == "clip" or self.step is None, "extract: step is for clip level; frames follow one another")
+
+
+KINDS: dict[str, type] = {
+    c.__name__: c for c in (PretrainConfig, ClassifyConfig, DistillConfig, AvaConfig, Progression)
+}
 
 
 def unknown(what: str, name: str, known: list[str]) -> str:

@@ -19,6 +19,7 @@ import tyro
 from .config import KINDS, Progression, Stage, unknown
 
 Recipe = Callable[..., Any]
+Options = typing.TypeVar("Options")
 
 
 def _in_module(module: ModuleType) -> dict[str, Recipe]:
@@ -85,6 +86,20 @@ def listing() -> str:
     rows = table()
     width = max(len(row["name"]) for row in rows)
     return "\n".join(f"  {row['name']:<{width}}  {row['about']}" for row in rows)
+
+
+def with_options(
+    arguments: list[str], options: type[Options], prog: str, parse: Callable[..., Any]
+) -> tuple[Stage | Progression, Options]:
+    """`RECIPE [flags]`: the recipe's run with flags applied, and the command's own `options` among the flags."""
+    name, *rest = arguments
+    recipe = find(name)
+    prog = f"{prog} {name}"
+    helped = any(a in ("-h", "--help") for a in rest)
+    rest = [a for a in rest if a not in ("-h", "--help")]
+    chosen, rest = parse(options, rest, prog, return_unknown_args=True)
+    made, rest = parse(recipe, rest, prog, return_unknown_args=True)
+    return override(made, [*rest, "--help"] if helped else rest, prog, parse), chosen
 
 
 def override(run: Stage | Progression, arguments: list[str], prog: str, parse: Callable[..., Any]) -> Any:

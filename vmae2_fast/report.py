@@ -14,6 +14,7 @@ from typing import Any
 
 from . import backend
 from .config import ClassifyConfig, DistillConfig, PretrainConfig, Progression, Stage
+from .pictures import confusion_picture, pyplot
 from .train.progression import resolved
 
 _CLIPS_SHOWN = 6
@@ -99,7 +100,7 @@ def _metrics(stage: Stage, out: Path) -> list[dict[str, Any]]:
 
 def _curves(progression: Progression, out: Path) -> Path:
     """Training loss of every stage over its steps, one panel each."""
-    plt = _pyplot()
+    plt = pyplot()
     stages = [s for s in progression.stages if _metrics(s, out)]
     figure, panels = plt.subplots(1, max(1, len(stages)), figsize=(3.2 * max(1, len(stages)), 2.8), squeeze=False)
     for panel, stage in zip(panels[0], stages):
@@ -117,7 +118,7 @@ def _curves(progression: Progression, out: Path) -> Path:
 
 
 def _reconstructions(stage: PretrainConfig, out: Path, judged: str) -> dict[str, Path]:
-    from .data.loader import EvaluationLoader
+    from .data.evaluation_loader import EvaluationLoader
     from .models import build_model
     from .models.weights import load_weights
     from .reconstruct import reconstruct, save_gif, save_png, sheet
@@ -142,23 +143,8 @@ def _reconstructions(stage: PretrainConfig, out: Path, judged: str) -> dict[str,
 
 
 def _confusion(metrics: dict[str, Any], out: Path) -> Path:
-    plt = _pyplot()
     matrix = metrics["confusion"]
-    figure, axes = plt.subplots(figsize=(1.6 + 0.32 * len(matrix), 1.4 + 0.32 * len(matrix)))
-    axes.imshow(matrix, cmap="Blues")
-    names = metrics.get("classes") or [str(i) for i in range(len(matrix))]
-    axes.set_xticks(range(len(matrix)), names, rotation=90, fontsize=7)
-    axes.set_yticks(range(len(matrix)), names, fontsize=7)
-    for y, row in enumerate(matrix):
-        for x, count in enumerate(row):
-            if count:
-                colour = "white" if count > max(map(max, matrix)) / 2 else "black"
-                axes.text(x, y, str(count), ha="center", va="center", fontsize=7, color=colour)
-    axes.set_xlabel("predicted", fontsize=8)
-    figure.tight_layout()
-    figure.savefig(out / "confusion.png", dpi=110)
-    plt.close(figure)
-    return out / "confusion.png"
+    return confusion_picture(matrix, metrics.get("classes") or [str(i) for i in range(len(matrix))], out / "confusion.png")
 
 
 def _html(summary: dict[str, Any], pictures: dict[str, Path], out: Path) -> None:
@@ -218,12 +204,3 @@ def _number(value: Any, digits: int = 3) -> str:
 
 def _percent(value: Any) -> str:
     return "" if value is None or isinstance(value, str) else f"{100 * value:.1f} %"
-
-
-def _pyplot() -> Any:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot

@@ -19,6 +19,14 @@ std::vector<std::string> cpu_features() {
   return found;
 }
 
+bool openmp() {
+#ifdef _OPENMP
+  return true;
+#else
+  return false;
+#endif
+}
+
 std::string compiler() {
 #if defined(__clang__)
   return "clang " __clang_version__;

@@ -1,43 +1,47 @@
 // Loops over several threads.
 //
-// Threads are started per call and joined before it returns. A resident pool (OpenMP's, for instance) would spin beside
-// torch's own pool and not survive a fork. Starting a thread costs some 20 us where a core is free, but torch's idle threads spin
-// for milliseconds after each of its operations and hold the cores for so long: work of a few milliseconds stays in the caller.
+// The threads are OpenMP's: torch uses the same library (one copy is loaded for one soname), so a kernel runs on the very
+// threads that torch's own operations just left spinning. Threads of our own would have to wait for these to let go of the
+// cores, which costs more than most kernels take.
 #pragma once
 
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
-#include <system_error>
-#include <thread>
-#include <vector>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
 
 namespace vmae2 {
+
+// Whether this process was forked from one that had loaded the extension. Its OpenMP threads stayed behind, and waiting for
+// them would never end: all work stays in the calling thread.
+bool forked();
 
 // Call body(begin, end, worker) on slices of [0, count), worker in [0, max(1, threads)). `cost` is the work of one item in
 // touched elements. The body must not throw, and its result must not depend on where slices are cut.
 template <class Body>
 void parallel_slices(int64_t count, int64_t cost, int threads, const Body& body) {
-  constexpr int64_t elements_per_thread = 1 << 20;
+  constexpr int64_t elements_per_thread = 1 << 15;  // some 10 us; waking a thread that no longer spins costs as much
   const int64_t useful = std::max<int64_t>(1, count * std::max<int64_t>(1, cost) / elements_per_thread);
   const int64_t workers = std::min<int64_t>({useful, static_cast<int64_t>(std::max(1, threads)), std::max<int64_t>(1, count)});
-  if (workers == 1) return body(int64_t{0}, count, int64_t{0});
-  // Several slices a worker, taken as they come: the caller works while threads start, and a thread that lost its
-  // processor to another program holds up one slice only.
-  const int64_t slices = std::min(count, 8 * workers);
-  std::atomic<int64_t> next{0};
-  const auto work = [&](int64_t worker) {
-    for (int64_t s = next++; s < slices; s = next++) body(count * s / slices, count * (s + 1) / slices, worker);
-  };
-  std::vector<std::thread> started;
-  started.reserve(static_cast<size_t>(workers - 1));
-  try {
-    for (int64_t worker = 1; worker < workers; ++worker) started.emplace_back(work, worker);
-  } catch (const std::system_error&) {
-    // No more threads to be had: those that run, the caller among them, do it all.
+#ifdef _OPENMP
+  if (workers > 1 && !forked()) {
+    // Several slices a worker, taken as they come: a thread that lost its processor to another program holds up one slice
+    // only, and one that is not to be had holds up nothing.
+    const int64_t slices = std::min(count, 8 * workers);
+    std::atomic<int64_t> next{0};
+    // All threads that torch has, or the library would end those left out and torch would start them anew.
+#pragma omp parallel num_threads(threads)
+    for (int64_t s = next++; s < slices; s = next++) {
+      body(count * s / slices, count * (s + 1) / slices, static_cast<int64_t>(omp_get_thread_num()));
+    }
+    return;
   }
-  work(0);
-  for (std::thread& thread : started) thread.join();
+#endif
+  (void)workers;
+  body(int64_t{0}, count, int64_t{0});
 }
 
 // The same for a body(begin, end) that needs nothing of its own a worker.

@@ -5,6 +5,7 @@
 #include <numeric>
 #include <string>
 #include <type_traits>
+#include <utility>
 
 #include "dispatch.h"
 #include "isa.h"
@@ -33,11 +34,18 @@ struct Job {
 
 // Scratch of one worker.
 struct Work {
-  uint8_t* bytes;          // the token's bytes, zeros up to a whole vector
-  float* block;            // its pixels, likewise
-  float *centre, *factor;  // constants of the lanes of a period
-  float *first, *second;   // sums of the lanes of a period
-  double *sum, *square;    // of each channel
+  uint8_t *bytes, *other_bytes;  // a token's bytes, zeros up to a whole vector
+  float *block, *other_block;    // the pixels of one of a floating point clip, likewise
+  float *centre, *factor;        // constants of the lanes of a period
+  float *first, *second;         // sums of the lanes of a period
+  double *sum, *square;          // of each channel
+
+  Work other() const {
+    Work result = *this;
+    std::swap(result.bytes, result.other_bytes);
+    std::swap(result.block, result.other_block);
+    return result;
+  }
 };
 
 class Scratch {
@@ -46,15 +54,16 @@ class Scratch {
     const auto padded = static_cast<size_t>((job.row + 15) / 16 * 16), lanes = static_cast<size_t>(16 * job.period);
     const auto channels = static_cast<size_t>(job.shape.channels), all = static_cast<size_t>(std::max(1, workers));
     // A cache line apart, so that workers do not write into each other's.
-    const size_t floats = (padded + 4 * lanes + 31) / 16 * 16, doubles = (2 * channels + 15) / 8 * 8, bytes = padded + 64;
+    const size_t floats = (2 * padded + 4 * lanes + 31) / 16 * 16, doubles = (2 * channels + 15) / 8 * 8;
+    const size_t bytes = 2 * padded + 64;
     floats_.resize(all * floats);
     doubles_.resize(all * doubles);
     bytes_.resize(all * bytes);
     for (size_t w = 0; w < all; ++w) {
-      float* f = floats_.data() + w * floats;
+      uint8_t* b = bytes_.data() + w * bytes;
+      float *f = floats_.data() + w * floats, *l = f + 2 * padded;
       double* d = doubles_.data() + w * doubles;
-      work_.push_back({bytes_.data() + w * bytes, f, f + padded, f + padded + lanes, f + padded + 2 * lanes,
-                       f + padded + 3 * lanes, d, d + channels});
+      work_.push_back({b, b + padded, f, f + padded, l, l + lanes, l + 2 * lanes, l + 3 * lanes, d, d + channels});
     }
   }
   const Work& operator[](int64_t worker) const { return work_[static_cast<size_t>(worker)]; }

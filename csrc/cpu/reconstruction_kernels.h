@@ -27,27 +27,31 @@ struct Sums<0> {
   VMAE2_INLINE void finish(float*) const {}
 };
 
-template <int P>
-VMAE2_INLINE void add_moments(const Work& work, int64_t v, int64_t j, Sums<P>& first, Sums<P>& second) {
-  const Floats z = load16(work.bytes + 16 * v);
-  store16(work.block + 16 * v, z);
-  first.add(j, z);
-  second.add(j, z * z);
-}
-
-// Pixels of a token as floats 0..255, zeros up to a whole vector, and their exact sum and sum of squares in every channel: a
-// lane adds integers that stay below 2^24, which floats hold exactly, and lanes are added in double.
-template <int P>
-void read_bytes(const uint8_t* corner, const Job& job, const Work& work) {
+// The token's bytes in one piece, zeros up to a whole vector.
+VMAE2_INLINE void read_bytes(const uint8_t* corner, const Job& job, const Work& work) {
   uint8_t* out = work.bytes;
   for (int64_t t = 0; t < job.shape.tubelet; ++t) {
     for (int64_t y = 0; y < job.shape.patch; ++y, out += job.line) {
       copy_short(out, corner + t * job.layout.frame + y * job.layout.line, job.line);
     }
   }
-  const int64_t vectors = (job.row + 15) / 16, period = P ? P : job.period, exact = 256 * period;  // 256 * 255^2 < 2^24
-  std::fill(work.sum, work.sum + job.shape.channels, 0.0);
-  std::fill(work.square, work.square + job.shape.channels, 0.0);
+}
+
+template <int P>
+VMAE2_INLINE void add_moments(const Work& work, int64_t v, int64_t j, Sums<P>& first, Sums<P>& second) {
+  const Floats z = load16(work.bytes + 16 * v);
+  first.add(j, z);
+  second.add(j, z * z);
+}
+
+// Exact sum and sum of squares of the bytes of every channel: a lane adds integers that stay below 2^24, which floats hold
+// exactly, and lanes are added in double.
+template <int P>
+void add_bytes(const Job& job, const Work& work) {
+  const int64_t channels = job.shape.channels, vectors = (job.row + 15) / 16, period = P ? P : job.period;
+  const int64_t exact = 256 * period;  // 256 * 255^2 < 2^24
+  std::fill(work.sum, work.sum + channels, 0.0);
+  std::fill(work.square, work.square + channels, 0.0);
   for (int64_t begin = 0; begin < vectors; begin += exact) {
     const int64_t end = std::min(vectors, begin + exact);
     Sums<P> first(work.first, period), second(work.second, period);
@@ -60,17 +64,19 @@ void read_bytes(const uint8_t* corner, const Job& job, const Work& work) {
     }
     first.finish(work.first);
     second.finish(work.second);
-    for (int64_t c = 0; c < job.shape.channels; ++c) {
-      for (int64_t i = c; i < 16 * period; i += job.shape.channels) {
-        work.sum[c] += static_cast<double>(work.first[i]);
-        work.square[c] += static_cast<double>(work.second[i]);
+    for (int64_t c = 0; c < channels; ++c) {
+      double sum = work.sum[c], square = work.square[c];
+      for (int64_t i = c; i < 16 * period; i += channels) {
+        sum += static_cast<double>(work.first[i]);
+        square += static_cast<double>(work.second[i]);
       }
+      work.sum[c] = sum;
+      work.square[c] = square;
     }
   }
 }
 
-// Pixels in [0, 1] of a token of a floating point clip, and their moments about the token's first pixel, so that nothing
-// cancels.
+// Pixels in [0, 1] of a token of a floating point clip, zeros up to a whole vector.
 template <class Pixel>
 void read_floats(const Pixel* corner, const Job& job, const Work& work) {
   const int64_t channels = job.shape.channels;
@@ -82,6 +88,13 @@ void read_floats(const Pixel* corner, const Job& job, const Work& work) {
         for (int64_t x = 0; x < job.shape.patch; ++x, out += channels) *out = load(in[x]) * job.std[c] + job.mean[c];
       }
     }
+  }
+}
+
+// Their moments about the token's first pixel, so that nothing cancels.
+VMAE2_INLINE void add_floats(const Job& job, const Work& work) {
+  const int64_t channels = job.shape.channels;
+  for (int64_t c = 0; c < channels; ++c) {
     const double about = static_cast<double>(work.block[c]);
     double sum[8] = {}, square[8] = {};  // several chains, in an order of their own
     int64_t k = 0;
@@ -95,12 +108,31 @@ void read_floats(const Pixel* corner, const Job& job, const Work& work) {
   }
 }
 
-template <class Pixel, int P>
+template <class Pixel>
 VMAE2_INLINE void read_token(const Pixel* corner, const Job& job, const Work& work) {
   if constexpr (std::is_same_v<Pixel, uint8_t>) {
-    read_bytes<P>(corner, job, work);
+    read_bytes(corner, job, work);
   } else {
     read_floats(corner, job, work);
+  }
+}
+
+template <class Pixel, int P>
+VMAE2_INLINE void add_token(const Job& job, const Work& work) {
+  if constexpr (std::is_same_v<Pixel, uint8_t>) {
+    add_bytes<P>(job, work);
+  } else {
+    add_floats(job, work);
+  }
+}
+
+// Vector v of the token that was read.
+template <class Pixel>
+VMAE2_INLINE Floats pixels16(const Work& work, int64_t v) {
+  if constexpr (std::is_same_v<Pixel, uint8_t>) {
+    return load16(work.bytes + 16 * v);
+  } else {
+    return load16(work.block + 16 * v);
   }
 }
 
@@ -128,42 +160,41 @@ void channel_constants(const Job& job, const Work& work, float* out) {
 // The constants of every lane of a period.
 VMAE2_INLINE void spread_constants(const Job& job, const float* constants, const Work& work) {
   const int64_t channels = job.shape.channels;
-  for (int64_t i = 0; i < channels; ++i) {
-    work.centre[i] = constants[i];
-    work.factor[i] = constants[channels + i];
-  }
-  for (int64_t i = channels; i < 16 * job.period; ++i) {
-    work.centre[i] = work.centre[i - channels];
-    work.factor[i] = work.factor[i - channels];
+  for (int64_t i = 0; i < 16 * job.period; i += channels) {
+    for (int64_t c = 0; c < channels; ++c) {
+      work.centre[i + c] = constants[c];
+      work.factor[i + c] = constants[channels + c];
+    }
   }
 }
 
+template <class Pixel>
 VMAE2_INLINE Floats error16(Floats pred, const Work& work, int64_t v, int64_t j) {
-  return pred - (load16(work.block + 16 * v) - load16(work.centre + 16 * j)) * load16(work.factor + 16 * j);
+  return pred - (pixels16<Pixel>(work, v) - load16(work.centre + 16 * j)) * load16(work.factor + 16 * j);
 }
 
 // Mean squared error of a token.
-template <class Pred, int P>
+template <class Pixel, class Pred, int P>
 double token_loss(const Pred* pred, const Job& job, const Work& work) {
   const int64_t whole = job.row / 16, rest = job.row % 16, period = P ? P : job.period;
   Sums<P> squares(work.first, period);
   int64_t v = 0;
   for (; v + period <= whole; v += period) {
     for (int64_t j = 0; j < period; ++j) {
-      const Floats d = error16(load16(pred + 16 * (v + j)), work, v + j, j);
+      const Floats d = error16<Pixel>(load16(pred + 16 * (v + j)), work, v + j, j);
       squares.add(j, d * d);
     }
   }
   for (int64_t j = 0; j < period; ++j) {
     if (v + j < whole) {
-      const Floats d = error16(load16(pred + 16 * (v + j)), work, v + j, j);
+      const Floats d = error16<Pixel>(load16(pred + 16 * (v + j)), work, v + j, j);
       squares.add(j, d * d);
     }
   }
   squares.finish(work.first);
   double sum = 0.0;
   if (rest) {
-    const Floats d = error16(load_first(pred + 16 * whole, rest), work, whole, whole % period);
+    const Floats d = error16<Pixel>(load_first(pred + 16 * whole, rest), work, whole, whole % period);
     float last[16];
     store16(last, d * d);
     for (int64_t i = 0; i < rest; ++i) sum += static_cast<double>(last[i]);
@@ -176,7 +207,7 @@ double token_loss(const Pred* pred, const Job& job, const Work& work) {
   return sum / static_cast<double>(job.row);
 }
 
-template <class Pred, int P>
+template <class Pixel, class Pred, int P>
 void token_gradient(const Pred* pred, float scale, Pred* grad, const Job& job, const Work& work) {
   const int64_t whole = job.row / 16, rest = job.row % 16, period = P ? P : job.period;
   const Floats factor = splat(scale);
@@ -184,11 +215,11 @@ void token_gradient(const Pred* pred, float scale, Pred* grad, const Job& job, c
   for (; v + period <= whole; v += period) {
     for (int64_t j = 0; j < period; ++j) {
       const int64_t i = 16 * (v + j);
-      store16(grad + i, error16(load16(pred + i), work, v + j, j) * factor);
+      store16(grad + i, error16<Pixel>(load16(pred + i), work, v + j, j) * factor);
     }
   }
-  for (; v < whole; ++v) store16(grad + 16 * v, error16(load16(pred + 16 * v), work, v, v % period) * factor);
-  if (rest) store_first(grad + 16 * v, error16(load_first(pred + 16 * v, rest), work, v, v % period) * factor, rest);
+  for (; v < whole; ++v) store16(grad + 16 * v, error16<Pixel>(load16(pred + 16 * v), work, v, v % period) * factor);
+  if (rest) store_first(grad + 16 * v, error16<Pixel>(load_first(pred + 16 * v, rest), work, v, v % period) * factor, rest);
 }
 
 template <class Pixel>
@@ -196,36 +227,49 @@ VMAE2_INLINE const Pixel* token_of_row(const Job& job, int64_t r) {
   return static_cast<const Pixel*>(job.clip) + job.layout.corner(job.shape, r / job.count, job.index[r]);
 }
 
+// Read row r and have the one after it fetched into the cache; rows past the end and without a token are left alone.
+template <class Pixel>
+VMAE2_INLINE void read_row(const Job& job, int64_t r, int64_t end, const Work& work) {
+  if (r + 1 < end && job.index[r + 1] >= 0) prefetch_token(token_of_row<Pixel>(job, r + 1), job.shape, job.layout);
+  if (r < end && job.index[r] >= 0) read_token(token_of_row<Pixel>(job, r), job, work);
+}
+
+// Every row is read while the one before it is worked on: when it is wanted, its bytes have left the store buffer, where they
+// would wait behind the stores of a gradient.
+
 template <class Pixel, class Pred, int P>
 void loss_rows(const Job& job, const Work& work, int64_t begin, int64_t end) {
   const int64_t kept = 2 * job.shape.channels;
-  for (int64_t r = begin; r < end; ++r) {
+  Work here = work, next = work.other();
+  read_row<Pixel>(job, begin, end, here);
+  for (int64_t r = begin; r < end; ++r, std::swap(here, next)) {
     float* constants = job.statistics + r * kept;
-    if (r + 1 < end && job.index[r + 1] >= 0) prefetch_token(token_of_row<Pixel>(job, r + 1), job.shape, job.layout);
+    read_row<Pixel>(job, r + 1, end, next);
     if (job.index[r] < 0) {
       std::fill(constants, constants + kept, 0.0f);
       job.losses[r] = 0.0;
       continue;
     }
-    read_token<Pixel, P>(token_of_row<Pixel>(job, r), job, work);
-    channel_constants<Pixel>(job, work, constants);
-    spread_constants(job, constants, work);
-    job.losses[r] = token_loss<Pred, P>(static_cast<const Pred*>(job.pred) + r * job.row, job, work);
+    if (job.normalize) add_token<Pixel, P>(job, here);
+    channel_constants<Pixel>(job, here, constants);
+    spread_constants(job, constants, here);
+    job.losses[r] = token_loss<Pixel, Pred, P>(static_cast<const Pred*>(job.pred) + r * job.row, job, here);
   }
 }
 
 template <class Pixel, class Pred, int P>
 void gradient_rows(const Job& job, const Work& work, int64_t begin, int64_t end) {
   const int64_t kept = 2 * job.shape.channels;
-  for (int64_t r = begin; r < end; ++r) {
+  Work here = work, next = work.other();
+  read_row<Pixel>(job, begin, end, here);
+  for (int64_t r = begin; r < end; ++r, std::swap(here, next)) {
     Pred* grad = static_cast<Pred*>(job.grad) + r * job.row;
-    if (r + 1 < end && job.index[r + 1] >= 0) prefetch_token(token_of_row<Pixel>(job, r + 1), job.shape, job.layout);
+    read_row<Pixel>(job, r + 1, end, next);
     if (job.index[r] < 0) {
       std::memset(static_cast<void*>(grad), 0, static_cast<size_t>(job.row) * sizeof(Pred));
       continue;
     }
-    read_token<Pixel, P>(token_of_row<Pixel>(job, r), job, work);
-    spread_constants(job, job.statistics + r * kept, work);
-    token_gradient<Pred, P>(static_cast<const Pred*>(job.pred) + r * job.row, job.scale, grad, job, work);
+    spread_constants(job, job.statistics + r * kept, here);
+    token_gradient<Pixel, Pred, P>(static_cast<const Pred*>(job.pred) + r * job.row, job.scale, grad, job, here);
   }
 }

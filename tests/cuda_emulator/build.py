@@ -19,7 +19,7 @@ from types import ModuleType
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
 FLAGS = [
-    "-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-pthread",
+    "-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-pthread", "-fopenmp",
     "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas",
     "-fno-strict-aliasing",  # vectors of 16 bytes lie over arrays, as CUDA allows
     "-DVMAE2_WITH_CUDA", '-DVMAE2_VERSION="emulated"', '-DVMAE2_FLAGS="emulated"',
@@ -64,7 +64,7 @@ def build(options: tuple[str, ...] = PLAIN) -> Path:
     try:
         with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
             objects = list(pool.map(compiled, range(len(sources))))
-        _run([*cxx, "-shared", "-pthread", *options, *objects, "-o", str(scratch / module.name)])
+        _run([*cxx, "-shared", "-pthread", "-fopenmp", *options, *objects, "-o", str(scratch / module.name)])
         target.mkdir(exist_ok=True)
         (scratch / module.name).replace(module)
     finally:

@@ -1,4 +1,4 @@
-"""Batches: right clips in the right order whatever the threads, bad files replaced, counted and named."""
+"""Batches: right clips in the right order whatever the processes, bad files replaced, counted and named."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-from vmae2_fast.config import DataConfig, SourceConfig
+from vmae2_fast.config import AugmentConfig, DataConfig, SourceConfig
 from vmae2_fast.data import BadDataError, EvaluationLoader, ManifestError, VideoLoader
 from vmae2_fast.data import workers as workers_module
 from vmae2_fast.data.decode import decode_video
+from vmae2_fast.data.plan import cut_views
 from vmae2_fast.data.sampling import Purpose, counter_rng
 from vmae2_fast.ops import resize_crop
 
@@ -110,6 +111,42 @@ def test_same_batches_for_any_number_of_processes_and_any_prefetch(videos):
     reference = list(_loader(videos, workers=1, prefetch=1, views=2, flip=True))
     for values in ({"workers": 4, "prefetch": 1}, {"workers": 0, "prefetch": 9}, {"cache_mb": 16}):
         assert all(_same(a, b) for a, b in zip(reference, _loader(videos, views=2, flip=True, **values), strict=True))
+
+
+def _epochs(videos, *, workers, world):
+    """Three epochs in global order: path, clip and plan of every position, made by `world` ranks."""
+    augment = AugmentConfig(randaugment="rand-m7-n4-mstd0.5-inc1", erase=0.5)
+    rows = {}
+    for rank in range(world):
+        loader = _loader(
+            videos, clips=1, steps=-(-39 // world), rank=rank, world=world, workers=workers, views=2, flip=True,
+            crop="random_resized", sampling="dense", augment=augment,
+        )  # fmt: skip
+        for batch in loader:
+            position = int(batch.position[0])
+            count, stride = (FRAMES, 2) if batch.paths[0].endswith(".mp4") else (20, 1)
+            plan = loader.planner.plan(count, 48, 64, stride, epoch=position // 13, position=position)
+            rows[position] = (batch.paths[0], batch.clip, plan.frames.tolist(), plan.views)
+    return [rows[position] for position in range(39)]
+
+
+def test_order_and_plans_are_the_same_for_any_workers_and_ranks(videos):
+    alone = _epochs(videos, workers=1, world=1)
+    paths = [path for path, *_ in alone]
+    for e in range(3):  # two sources of 10 and 3 clips: every epoch holds each clip once, in an order of its own
+        assert len(set(paths[13 * e:13 * e + 13])) == 13
+    assert paths[:13] != paths[13:26]
+    for path, clip, frames, views in alone[:5]:  # the plan is what the batch was made by
+        video = decode_video(path, np.array(frames)) if path.endswith(".mp4") else None
+        if video is not None:
+            assert torch.equal(clip, cut_views(torch.from_numpy(video), views, 32))
+    for workers, world in ((4, 1), (2, 2)):
+        for (path, clip, *plan), (other_path, other_clip, *other_plan) in zip(
+            alone, _epochs(videos, workers=workers, world=world), strict=True
+        ):
+            assert path == other_path
+            assert plan == other_plan
+            assert torch.equal(clip, other_clip)
 
 
 def test_resume_continues_where_it_was(videos):

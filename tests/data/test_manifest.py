@@ -64,7 +64,7 @@ def test_lists_that_cannot_be_read(tmp_path):
 
 
 def test_format_by_first_line():
-    assert line_format(b"\na.mp4 3\n") == "video" == line_format(b"my clip.mp4 3\n")
+    assert line_format(b"a.mp4 3") == "video" == line_format(b"my clip.mp4 3")
     assert line_format(b"a.mp4 0 -1\n") == "pretrain" == line_format(b"d 1 62\n", labelled=False)
     assert line_format(b"d 62 14\n") == "frames"
 

@@ -112,8 +112,8 @@ def test_views_share_frames_and_draw_their_own_windows():
     planner = Planner(frames=8, size=32, sampling="pretrain", crop="multi_scale", flip=False, views=4, seed=0)
     plan = planner.plan(100, 48, 64, 4, epoch=1, position=77)
     assert plan.frames.shape == (8,)
-    assert len(set(plan.windows)) > 1
-    assert planner.plan(100, 48, 64, 4, epoch=1, position=77).windows == plan.windows
+    assert len({view.window for view in plan.views}) > 1
+    assert planner.plan(100, 48, 64, 4, epoch=1, position=77).views == plan.views
     starts = {int(planner.frame_ids(100, 4, 1, p)[0]) for p in range(1500)}
     assert starts == set(range(69))  # uniform over [0, n - T*stride], both ends drawn
     flipping = Planner(frames=8, size=32, sampling="dense", crop="center", flip=True, views=1, seed=0)

@@ -6,9 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from tests.models.tiny import classify, clips
 from vmae2_fast.models import Block
+from vmae2_fast.models.vit import Pending, add
+from vmae2_fast.train.ledger import saved_bytes
 
 
 def plain(block: Block, x: Tensor) -> Tensor:
@@ -89,6 +92,72 @@ def test_drop_path_keeps_the_mean_of_a_branch():
     x = torch.randn(1, 3, 16).expand(4096, -1, -1)
     mean, whole = (block(x) - x).mean(0), (block.eval()(x) - x)[0]
     assert (mean - whole).norm() <= 0.1 * whole.norm()
+
+
+KEPT = {
+    "some": ([0, 2], [1]),
+    "none of one": ([], [0, 1, 2]),
+    "none": ([], []),
+    "all": ([0, 1, 2], [0, 1, 2]),
+}
+
+
+@pytest.mark.parametrize("rows", [None, slice(2, None), torch.tensor([[0, 5], [2, 6], [1, 3]])], ids=["all", "slice", "index"])
+@pytest.mark.parametrize("kept", KEPT.values(), ids=KEPT)
+@pytest.mark.parametrize("policy", ["none", "mlp", "block"])
+def test_skipping_dropped_samples_equals_multiplying_them_by_zero(policy, kept, rows):
+    options = {"layer_scale": 0.3, "drop_path": 0.25, "activation_checkpoint": policy}
+    block = perturbed(skip_dropped=True, **options).double().train()
+    plain_block = perturbed(**options).double()
+    plain_block.load_state_dict(block.state_dict())
+    x, before = torch.randn(3, 7, 16).double().requires_grad_(), torch.randn(3, 7, 16).double()
+    pending = Pending(before, None, None)
+    ours, left = block(x, pending, defer=True, rows=rows, kept=[torch.tensor(samples, dtype=torch.long) for samples in kept])
+    scales = torch.zeros(2, 3, dtype=torch.float64)
+    for scale, samples in zip(scales, kept):
+        scale[list(samples)] = 1 / 0.75
+    expected, expected_left = plain_block._run(x, *pending, scales, rows)
+    ours, expected = add(ours, left), add(expected, expected_left)
+    torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-11)
+    upstream = torch.randn_like(ours)
+    first = torch.autograd.grad(ours, [x, *block.parameters()], upstream)
+    second = torch.autograd.grad(expected, [x, *plain_block.parameters()], upstream)
+    for a, b in zip(first, second):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+
+
+def test_skipping_saves_work_and_memory_and_repeats():
+    block, x = perturbed(drop_path=0.5, skip_dropped=True).train(), torch.randn(8, 5, 16)
+    figures = []
+    for samples in (range(8), range(2)):
+        kept = [torch.tensor(list(samples))] * 2
+        with FlopCounterMode(display=False) as counter:
+            figures.append([saved_bytes(lambda kept=kept: block(x, kept=kept), block)])
+        figures[-1].append(counter.get_total_flops())
+    assert figures[1][1] * 4 == figures[0][1]
+    assert figures[1][0] < 0.35 * figures[0][0]
+    torch.manual_seed(5)
+    once = block(x)
+    torch.manual_seed(5)
+    assert torch.equal(once, block(x))
+    assert torch.equal(block.eval()(x), perturbed_copy(block)(x))
+
+
+def perturbed_copy(block: Block) -> Block:
+    plain_block = Block(16, 2)
+    plain_block.load_state_dict(block.state_dict())
+    return plain_block
+
+
+def test_a_model_skips_what_its_draws_say():
+    model = classify(drop_path=0.5, drop_path_skip=True, depth=4).train()
+    position, view = torch.arange(6), torch.zeros(6, dtype=torch.int64)
+    kept = model.draw_kept(position, view, seed=3)
+    assert len(kept) == 8
+    assert [len(k) for k in kept[:2]] == [6, 6]  # the first block drops nothing
+    video = clips(6)
+    assert torch.equal(model(video, kept), model(video, model.draw_kept(position, view, seed=3)))
+    assert not torch.equal(model(video, kept), model(video, model.draw_kept(position, view, seed=4)))
 
 
 def test_checkpoint_policies_store_less_and_change_nothing():

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.models.tiny import DECODER, SHAPE, classify, clips, equal, official, pretrain, state_of
 from vmae2_fast.models import build_model, convert_weights, create_model, load_weights, save_weights
-from vmae2_fast.models.weights import label_map
+from vmae2_fast.models.kinetics import label_map
 
 
 @pytest.mark.parametrize("make", [pretrain, classify])

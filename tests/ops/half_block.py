@@ -12,6 +12,7 @@ from torch import Tensor
 from tests.support import assert_within_budget
 
 SHAPES = [(2, 1, 8), (2, 63, 33), (3, 16, 24)]
+INTERPRETED = [(2, 3, 33)]  # enough for Triton: its interpreter runs every row as a program
 BRANCHES = ["none", "branch", "gamma", "drop", "gamma+drop"]
 MODES = ["float32", "bfloat16", "autocast", "autocast-bf16-stream"]
 EPS = 1e-6

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import os
+import select
+import signal
 from collections.abc import Iterator
 from typing import Any
 
@@ -177,3 +180,26 @@ def test_nothing_is_read_behind_a_buffer(geometry: tuple) -> None:
 def test_an_instruction_set_not_there_is_refused() -> None:
     with pytest.raises(ValueError, match=r"set_cpu_isa: sse9 is not supported here; supported: portable"):
         _C.set_cpu_isa("sse9")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this platform")
+def test_forked_child_does_not_wait_for_threads_it_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    clip = torch.randint(0, 256, (2, 16, 112, 112, 3), dtype=torch.uint8)
+    index = torch.arange(8 * 49, dtype=torch.int32).expand(2, -1)
+    torch.set_num_threads(2)
+    want = gather_patches(clip, index, patch=16)  # large enough for two threads, which exist from here on
+    # Filling new memory, as the tests have torch do, would hang in torch's own threads.
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.write(writer, bytes([torch.equal(gather_patches(clip, index, patch=16)[:1, :1], want[:1, :1])]))
+        os._exit(0)
+    os.close(writer)
+    try:
+        with os.fdopen(reader, "rb") as pipe:
+            assert select.select([pipe], [], [], 60)[0], "the child hangs"
+            assert pipe.read() == b"\x01"
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)

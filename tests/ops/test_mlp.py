@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tests.ops.half_block import (
     BRANCHES,
     EPS,
+    INTERPRETED,
     MODES,
     SHAPES,
     assert_op_matches,
@@ -22,7 +23,7 @@ from tests.ops.half_block import (
     stream,
     weight,
 )  # fmt: skip
-from tests.support import awkward, compiles, opcheck
+from tests.support import awkward, cases, compiles, opcheck
 from vmae2_fast import backend
 from vmae2_fast.ops import mlp
 from vmae2_fast.ops.mlp import norm_mlp
@@ -49,11 +50,12 @@ def _arguments(shape, kind, mode="float32", hidden=20, biased=True) -> dict[str,
     }
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("name", "shape"), cases("norm_mlp", SHAPES, INTERPRETED), ids=str)
 @pytest.mark.parametrize("kind", BRANCHES)
 @pytest.mark.parametrize("mode", MODES)
-def test_matches_plain_torch(mode, kind, shape):
-    assert_op_matches(_mlp, _plain, _arguments(shape, kind, mode, biased=shape[1] != 16), mode)
+def test_matches_plain_torch(mode, kind, name, shape):
+    with backend.use_backend(f"norm_mlp={name}"):
+        assert_op_matches(_mlp, _plain, _arguments(shape, kind, mode, biased=shape[1] != 16), mode)
 
 
 def test_fp32_equals_torch_modules_to_rounding():

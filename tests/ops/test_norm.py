@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tests.ops.half_block import (
     BRANCHES,
     EPS,
+    INTERPRETED,
     MODES,
     SHAPES,
     assert_op_matches,
@@ -22,7 +23,7 @@ from tests.ops.half_block import (
     stream,
     weight,
 )  # fmt: skip
-from tests.support import awkward, compiles, expanded, opcheck
+from tests.support import assert_within_budget, awkward, cases, compiles, expanded, opcheck
 from vmae2_fast import backend
 from vmae2_fast.ops import norm
 from vmae2_fast.ops.norm import norm_qkv, residual_norm
@@ -53,18 +54,54 @@ def _qkv_arguments(shape, kind, mode="float32", biased=True) -> dict[str, Tensor
     return arguments
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("name", "shape"), cases("residual_norm", SHAPES, INTERPRETED), ids=str)
 @pytest.mark.parametrize("kind", BRANCHES)
 @pytest.mark.parametrize("mode", MODES)
-def test_residual_norm_matches_plain_torch(mode, kind, shape):
-    assert_op_matches(_residual, plain_stream, stream(shape, kind, mode), mode)
+def test_residual_norm_matches_plain_torch(mode, kind, name, shape):
+    with backend.use_backend(f"residual_norm={name}"):
+        assert_op_matches(_residual, plain_stream, stream(shape, kind, mode), mode)
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("name", "shape"), cases("norm_qkv", SHAPES, INTERPRETED), ids=str)
 @pytest.mark.parametrize("kind", BRANCHES)
 @pytest.mark.parametrize("mode", MODES)
-def test_norm_qkv_matches_plain_torch(mode, kind, shape):
-    assert_op_matches(_qkv, _plain_qkv, _qkv_arguments(shape, kind, mode, biased=shape[1] != 16), mode)
+def test_norm_qkv_matches_plain_torch(mode, kind, name, shape):
+    with backend.use_backend(f"norm_qkv={name}"):
+        assert_op_matches(_qkv, _plain_qkv, _qkv_arguments(shape, kind, mode, biased=shape[1] != 16), mode)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (0, 3, 8), (2, 0, 8), (2, 7, 16), (2, 2, 1408)], ids=str)
+def test_triton_at_the_edges_of_shapes(shape, monkeypatch):
+    """No rows, one column, more rows than lines of partial sums, a block that is not full."""
+    monkeypatch.setattr(pytest.importorskip("vmae2_fast.ops._norm_triton"), "PARTS", 4)
+    arguments = leaves(stream(shape, "gamma+drop"))
+    same, truth = leaves(arguments), leaves(arguments, torch.float64)
+    with backend.use_backend("residual_norm=triton"):
+        out = _residual(**arguments)
+    out_same, out_truth = _residual(**same), _residual(**truth)
+    upstream = [torch.randn(shape) for _ in out]
+    grads = [list(gradients(o, a, [g.to(o[0].dtype) for g in upstream]).values())
+             for o, a in ((out, arguments), (out_same, same), (out_truth, truth))]  # fmt: skip
+    for actual, plain, exact in (*zip(out, out_same, out_truth), *zip(*grads)):
+        assert_within_budget(actual, plain, exact)
+
+
+def test_triton_takes_expanded_gradients_and_strided_streams():
+    pytest.importorskip("triton")
+    arguments = leaves(stream((2, 5, 8), "gamma"))
+    twisted = {**arguments, "x": dict(awkward(arguments["x"].detach()))["strided"].requires_grad_()}
+    results = []
+    for name, chosen in (("reference", arguments), ("triton", twisted)):
+        with backend.use_backend(f"residual_norm={name}"):
+            x_new, h = _residual(**chosen)
+        results.append(torch.autograd.grad(x_new.sum() + h.sum(), [t for t in chosen.values() if t is not None]))
+    for ours, expected in zip(*results):
+        torch.testing.assert_close(ours, expected)
+
+
+def test_triton_leaves_float64_to_the_reference():
+    with pytest.raises(backend.BackendError, match="take no float64"), backend.use_backend("residual_norm=triton"):
+        _residual(**leaves(stream((2, 3, 8), "none"), torch.float64))
 
 
 def test_fp32_equals_torch_modules_to_rounding():

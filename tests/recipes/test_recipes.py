@@ -29,12 +29,31 @@ def launch(*arguments: str, capsys: pytest.CaptureFixture[str]) -> dict[str, Any
     return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
-@pytest.mark.parametrize("name", [n for n in all_recipes() if n != "demo:progressive"])
-def test_every_recipe_runs_shrunk(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+# hybrid_available reads a datasets.toml of its own; the demo has tests of its own.
+NOT_SMOKED = ("demo:progressive", "pretrain:hybrid_available")
+
+
+def _one_of_each_kind() -> list[str]:
+    """One recipe of each module and kind of run; that all of them resolve and build is tested without training."""
+    found: dict[tuple[str, str, str], str] = {}
+    for name, recipe in all_recipes().items():
+        if name in NOT_SMOKED:
+            continue
+        run = recipe()
+        found.setdefault((name.partition(":")[0], type(run).__name__, str(getattr(run, "objective", ""))), name)
+    return list(found.values())
+
+
+# One of every kind here, all of them in `make recipes-smoke`.
+SMOKED = [n for n in all_recipes() if n not in NOT_SMOKED] if os.environ.get("VMAE2_RECIPES") == "all" else _one_of_each_kind()
+
+
+@pytest.mark.parametrize("name", SMOKED)
+def test_recipe_runs_shrunk(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     summary = launch(name, "--smoke", "--out", str(tmp_path), capsys=capsys)
-    (stage,) = smoke(all_recipes()[name]()).stages
-    assert summary[stage.name]["steps"] > 1
-    assert summary[stage.name]["last_loss"] < 2
+    for stage in smoke(all_recipes()[name]()).stages:
+        assert summary[stage.name]["steps"] > 1
+        assert 0 < summary[stage.name]["last_loss"] < 4
 
 
 class _Sources(html.parser.HTMLParser):

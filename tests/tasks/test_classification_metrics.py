@@ -3,10 +3,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from vmae2_fast.tasks.metrics import classification
 from vmae2_fast.tasks.metrics.classification import (
+    Predictions,
     View,
     classification_metrics,
     confusion_matrix,
+    merge_predictions,
     merge_views,
     softmax,
     topk_accuracy,
@@ -45,3 +48,24 @@ def test_softmax_of_huge_logits_is_finite():
 def test_nothing_to_merge_is_an_error():
     with pytest.raises(ValueError, match="no views to merge"):
         merge_views([])
+
+
+def test_merging_in_pieces_changes_nothing(monkeypatch):
+    rng = np.random.RandomState(0)
+    rows = [(v, c, s) for v in rng.permutation(11) for c in range(1 + v % 3) for s in range(2)]
+    order = rng.permutation(len(rows))
+    table = np.array(rows)[order]
+    found = Predictions(table[:, 0], table[:, 1], table[:, 2], table[:, 0] % 4, rng.randn(len(rows), 4).astype(np.float32))
+    whole = merge_predictions(found)
+    monkeypatch.setattr(classification, "_VIDEOS_AT_ONCE", 3)
+    pieces = merge_predictions(found)
+    assert np.array_equal(whole.scores, pieces.scores)
+    by_hand = [softmax(found.logits[found.video == v]).mean(axis=0) for v in range(11)]
+    np.testing.assert_allclose(whole.scores, by_hand, rtol=1e-12)
+    assert whole.labels.tolist() == [v % 4 for v in range(11)]
+
+
+def test_most_confused_pairs_come_first():
+    counts = np.array([[9, 2, 0], [5, 9, 1], [0, 0, 9]])
+    assert classification.most_confused(counts, 2) == [(1, 0, 5), (0, 1, 2)]
+    assert classification.most_confused(np.eye(3, dtype=np.int64)) == []

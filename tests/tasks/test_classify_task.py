@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from tests import tiny_runs as tiny
+from vmae2_fast.config import MixConfig, TrainConfig
+from vmae2_fast.data.augment import mix_clips, mix_targets, plan_mix
 from vmae2_fast.data.loader import Batch, VideoViews
 from vmae2_fast.tasks import ClassifyTask, create_task
 from vmae2_fast.tasks.base import view_batches
@@ -130,3 +132,24 @@ def test_a_small_set_is_learned(tmp_path):
     # the floor of label smoothing 0.1 over two classes is 0.1985
     assert out["top1"].item() == 4
     assert loss.item() < 0.3
+
+
+def test_mixed_clips_and_soft_targets_reach_the_loss(tmp_path):
+    """Mixup and cutmix of the whole pipeline: the loss is that of the mixed clips with their mixed, smoothed targets."""
+    task = _task(tmp_path, mix=MixConfig(mixup=0.8, cutmix=1.0))
+    task.model.eval()
+    clips = _batch([0, 1, 1, 0])
+    batch = clips._replace(position=torch.tensor([6, 7, 8, 9]))
+    plan = plan_mix(task.config.mix, batch.position, tiny.SIZE, task.config.seed)
+    assert [round(mix.share, 3) for mix in plan.groups] != [1.0, 1.0]
+    smooth = torch.eye(2)[batch.label] * 0.9 + 0.05
+    target = mix_targets(smooth, plan)
+    log_p = task.model(mix_clips(batch.clip, plan)).double().log_softmax(-1)
+    assert task.loss(batch)["loss_sum"].item() == pytest.approx(-(target * log_p).sum().item(), rel=1e-6)
+    assert task.loss(clips._replace(position=torch.tensor([2, 3, 8, 9])))["loss_sum"] != task.loss(batch)["loss_sum"]
+
+
+def test_micro_batches_hold_whole_mixing_groups(tmp_path):
+    train = TrainConfig(global_batch=8, micro_batch=4)
+    with pytest.raises(ValueError, match=r"train\.micro_batch=4 is not divisible by mix\.clips \* data\.views=3"):
+        tiny.classify_config(tmp_path, tmp_path, mix=MixConfig(mixup=0.8, clips=3), train=train)

@@ -149,7 +149,7 @@ def test_a_cpu_without_bfloat16_falls_back_and_says_so(tmp_path, monkeypatch, ca
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     config = tiny.with_train(tiny.pretrain_config(tmp_path, tmp_path), precision="bfloat16")
     assert create_task(config).dtype is None
-    assert "no bfloat16 instructions; training in float32" in capsys.readouterr().err
+    assert "no bfloat16 instructions; computing in float32" in capsys.readouterr().err
     autocast_dtype.cache_clear()
 
 

@@ -6,12 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from vmae2_fast.config import MaskConfig, ModelConfig
 from vmae2_fast.models import build_model, model_names
 from vmae2_fast.ops.masks import dual_mask
-from vmae2_fast.train.ledger import ledger, table
+from vmae2_fast.ops.reconstruction import reconstruction_loss
+from vmae2_fast.train.ledger import ledger, saved_bytes, table
 
 BASE, GIANT = "pretrain_videomae_base_patch16_224", "pretrain_videomae_giant_patch14_224"
 SMALL = {"frames": 8, "size": 32, "patch": 8, "width": 24, "depth": 3, "heads": 2}
@@ -114,33 +116,70 @@ def test_executed_macs_equal_torchs_flop_counter_in_classification(pooling: str)
     assert counter.get_total_flops() == 2 * 2 * ledger(config)["macs"]["executed"]["total"]
 
 
-def saved_bytes(config: ModelConfig, batch: int) -> int:
-    """Bytes autograd keeps between forward and backward, each storage once, parameters and index lists left out."""
-    model, kept = build_model(config), {}
-    own = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers())}
-    clip = torch.zeros(batch, config.frames, config.size, config.size, 3, dtype=torch.uint8)
-    position = torch.arange(batch)
-    mask = dual_mask(position, torch.zeros_like(position), grid=model.grid, seed=0, encoder_ratio=0.75)
+def measured(config: ModelConfig, clips: int, *, bf16: bool = False, ratio: float = 0.9) -> int:
+    """Bytes a training step keeps: to the loss in pre-training, to the scores in classification."""
+    model = build_model(config).train()
+    spec = model.spec
+    clip = torch.zeros(clips, spec.frames, spec.size, spec.size, spec.channels, dtype=torch.uint8)
 
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own and tensor.is_floating_point():
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
+    def run() -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            if spec.decoder is None:
+                return model(clip)
+            position = torch.arange(clips)
+            mask = dual_mask(position, torch.zeros_like(position), grid=model.grid, seed=0, encoder_ratio=ratio)
+            cube = {"patch": spec.patch, "tubelet": spec.tubelet}
+            return reconstruction_loss(model(clip, mask), clip, mask.loss_index, **cube, reduction="sum")[0]
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        pred = model(clip, mask)
-    assert pred.requires_grad
-    return sum(kept.values())
+    return saved_bytes(run, model)
 
 
-@pytest.mark.parametrize("overrides", [{}, {"layer_scale": 0.1}, {"activation_checkpoint": "mlp"}])
-def test_activation_bytes_are_what_autograd_keeps(overrides: dict[str, Any]) -> None:
-    config = ModelConfig(name=BASE, **{**SMALL_PRETRAIN, "width": 64, "depth": 6, **overrides})
-    account = ledger(config, MaskConfig(encoder_ratio=0.75), precision="float32")["activation_bytes"]
-    predicted = account["total"] - account["prediction"]  # the loss is not part of what is measured here
-    one, two = saved_bytes(config, 1), saved_bytes(config, 2)
-    assert two - one == predicted
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"residual_dtype": "bfloat16"},
+    {"layer_scale": 0.1, "drop_path": 0.2},
+    {"activation_checkpoint": "mlp"},
+    {"activation_checkpoint": "mlp", "layer_scale": 0.1},
+    {"activation_checkpoint": "block"},
+    {"activation_checkpoint": "block", "layer_scale": 0.1, "drop_path": 0.2},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("name", [BASE, "vit_base_patch16_224"])
+def test_activation_bytes_at_real_size(name: str, options: dict[str, Any]) -> None:
+    config = ModelConfig(name=name, num_classes=0 if name == BASE else 400, **options)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert measured(config, 2, bf16=True) == 2 * ledger(config)["activation_bytes"]["total"]
+
+
+@pytest.mark.parametrize("config", [
+    ModelConfig(name=GIANT),
+    ModelConfig(name=GIANT, residual_dtype="bfloat16"),
+    ModelConfig(name="vit_giant_patch14_224", num_classes=710, drop_path=0.25),
+    ModelConfig(name="vit_giant_patch14_224", num_classes=710, drop_path=0.25, residual_dtype="bfloat16", pooling="first"),
+], ids=str)  # fmt: skip
+def test_activation_bytes_of_the_giant(config: ModelConfig) -> None:
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert measured(config, 1, bf16=True) == ledger(config)["activation_bytes"]["total"]
+
+
+@pytest.mark.parametrize("options", OPTIONS[::2], ids=str)
+@pytest.mark.parametrize("bf16", [False, True])
+def test_activation_bytes_of_a_real_run(options: dict[str, Any], bf16: bool) -> None:
+    """Tensors that are really there, and not the fakes' word for it."""
+    config, mask = ModelConfig(name=BASE, **{**SMALL_PRETRAIN, **options}), MaskConfig(encoder_ratio=0.75)
+    account = ledger(config, mask, precision="bfloat16" if bf16 else "float32")
+    assert measured(config, 3, bf16=bf16, ratio=0.75) == 3 * account["activation_bytes"]["total"]
+    classifier = ModelConfig(name="vit_base_patch16_224", **{**SMALL, **options}, num_classes=5)
+    account = ledger(classifier, precision="bfloat16" if bf16 else "float32")
+    assert measured(classifier, 3, bf16=bf16) == 3 * account["activation_bytes"]["total"]
+
+
+def test_evaluation_keeps_nothing() -> None:
+    model = build_model(ModelConfig(name="vit_base_patch16_224", **SMALL)).eval()
+    with torch.no_grad():
+        assert saved_bytes(lambda: model(torch.zeros(2, 3, 8, 32, 32)), model) == 0
 
 
 def test_policies_and_precision_order_the_activation_bytes() -> None:

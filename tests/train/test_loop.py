@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from tests import tiny_runs as tiny
 from vmae2_fast.config import MaskConfig
+from vmae2_fast.data.augment import OFFICIAL, OFFICIAL_MIX
 from vmae2_fast.data.loader import VideoLoader
 from vmae2_fast.tasks import create_task
 from vmae2_fast.train import loop, train
@@ -89,9 +90,9 @@ def test_training_goes_on_in_training_mode_after_a_validation(clips, tmp_path, m
     config = tiny.with_train(tiny.classify_config(clips, tmp_path), epochs=3, validate_every=1)
     original, modes = loop.accumulate, []
 
-    def accumulating(task, *args):
+    def accumulating(task, *args, **keywords):
         modes.append({m.training for m in task.model.modules()})
-        return original(task, *args)
+        return original(task, *args, **keywords)
 
     monkeypatch.setattr(loop, "accumulate", accumulating)
     summary = train(config)
@@ -142,7 +143,7 @@ def test_resume_is_bitwise(clips, tmp_path, monkeypatch, kind):
     assert ours == theirs
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_signal_saves_and_exits(clips, tmp_path, monkeypatch, number):
     whole = train(tiny.pretrain_config(clips, tmp_path / "whole"))
     config = tiny.pretrain_config(clips, tmp_path / "parts")
@@ -282,7 +283,7 @@ def test_a_warmup_longer_than_the_run_is_an_error(clips, tmp_path):
         train(dataclasses.replace(config, optim=dataclasses.replace(config.optim, warmup_epochs=7)))
 
 
-def test_non_finite_steps_are_counted_and_many_in_a_row_end_the_run(clips, tmp_path, monkeypatch):
+def test_non_finite_steps_are_counted_and_many_in_a_row_end_the_run(clips, tmp_path, monkeypatch, capsys):
     config = tiny.with_train(tiny.pretrain_config(clips, tmp_path), epochs=6)
     original = Optimizer.step
 
@@ -299,7 +300,23 @@ def test_non_finite_steps_are_counted_and_many_in_a_row_end_the_run(clips, tmp_p
         summary = train(config)
     assert summary["skipped_steps"] == 2
     assert all(t.isfinite().all() for t in load_file(summary["weights"]).values())
-    monkeypatch.setattr(loop, "MAX_SKIPPED", 5)
+    config = tiny.with_train(config, max_skipped=5)
     monkeypatch.setattr(Optimizer, "step", poisoned(set(range(4, 12))))
-    with pytest.raises(ValueError, match="not finite for 6 steps in a row"):
+    with pytest.raises(SystemExit) as stop:
         train(config, resume=False)
+    assert stop.value.code == loop.NOT_FINITE
+    assert "not finite for 6 steps in a row" in capsys.readouterr().err
+
+
+def test_augmented_fine_tuning_goes_on_bitwise_after_a_stop(clips, tmp_path, monkeypatch):
+    """RandAugment, erasing, mixup and cutmix through the whole pipeline: they change the weights, a stop does not."""
+    augmented = {"crop": "random_resized", "flip": True, "augment": OFFICIAL}
+    plain = tiny.with_train(tiny.classify_config(clips, tmp_path / "plain"), epochs=3)
+    config = dataclasses.replace(plain, data=dataclasses.replace(plain.data, **augmented), mix=OFFICIAL_MIX)
+    whole = train(dataclasses.replace(config, out=str(tmp_path / "whole")))
+    stopped = dataclasses.replace(config, out=str(tmp_path / "stopped"))
+    _train_until(monkeypatch, 5, stopped)
+    again = train(stopped)
+    assert whole["steps"] == again["steps"] == 6
+    assert _same_weights(whole["weights"], again["weights"])
+    assert not _same_weights(whole["weights"], train(plain)["weights"])

@@ -55,16 +55,25 @@ def test_non_finite_step_changes_nothing(poison):
     assert not torch.equal(before["0.weight"], model[0].weight)
 
 
-def test_clipping_scales_to_the_global_norm_and_reports_the_norm_before():
-    model = _model()
-    optimizer = _optimizer(model, clip_grad=0.5)
-    loss = _backward(model, scale=100.0)
-    unclipped = torch.cat([p.grad.double().flatten() for p in model.parameters()])
-    norm, _ = optimizer.step(0, loss)
-    clipped = torch.cat([p.grad.double().flatten() for p in model.parameters()])
-    assert norm.item() == pytest.approx(unclipped.norm().item(), rel=1e-6)
-    # the official (torch) rule divides by norm + 1e-6
-    torch.testing.assert_close(clipped, unclipped * 0.5 / (unclipped.norm() + 1e-6), rtol=1e-6, atol=0.0)
+@pytest.mark.parametrize("scale", [100.0, 1e-3], ids=["clipped", "below the limit"])
+def test_steps_equal_a_separate_clip_and_torchs_unfused_adamw(scale):
+    ours, theirs = _model().double(), _model().double()
+    optimizer = _optimizer(ours, clip_grad=0.5, weight_decay=0.0)
+    adamw = torch.optim.AdamW(theirs.parameters(), betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, foreach=False, fused=False)
+    for step in range(4):
+        optimizer.zero_grad()
+        adamw.zero_grad()
+        for model in (ours, theirs):
+            loss = scale * model(torch.linspace(-1, 1, 15, dtype=torch.float64).view(3, 5)).square().sum()
+            loss.backward()
+        adamw.param_groups[0]["lr"] = optimizer.lr_at(step)
+        unclipped = torch.nn.utils.clip_grad_norm_(theirs.parameters(), 0.5)
+        norm, skipped = optimizer.step(step, loss)
+        adamw.step()
+        assert norm.item() == pytest.approx(unclipped.item(), rel=1e-6)
+        assert not skipped
+    for a, b in zip(ours.parameters(), theirs.parameters()):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=0.0)
 
 
 def test_weight_decay_schedule_leaves_biases_and_norms_alone():
@@ -116,3 +125,37 @@ def test_foreign_optimizer_state_is_refused():
     optimizer = _optimizer(_model())
     with pytest.raises(ValueError, match=r"other\.weight\.exp_avg"):
         optimizer.load_state_tensors({"other.weight.exp_avg": torch.zeros(2)})
+
+
+def test_moving_average_by_its_formula_and_through_a_checkpoint():
+    torch.manual_seed(0)
+    model = torch.nn.Linear(3, 2)
+    config = OptimConfig(lr=0.1, lr_batch=0, ema_decay=0.9)
+    arguments = {"global_batch": 1, "total_steps": 10, "steps_per_epoch": 10}
+
+    def step(model, optimizer, number):
+        optimizer.zero_grad()
+        loss = model(torch.full((1, 3), 1.0 + number)).square().sum()
+        loss.backward()
+        optimizer.step(number, loss)
+
+    optimizer = Optimizer(model, config, **arguments)
+    expected = model.weight.detach().double().clone()
+    for number in range(3):
+        step(model, optimizer, number)
+        expected = 0.9 * expected + 0.1 * model.weight.detach().double()
+    weight = model.weight.detach().clone()
+    with optimizer.averaged():
+        torch.testing.assert_close(model.weight.double(), expected, rtol=1e-6, atol=1e-7)
+    assert torch.equal(model.weight, weight)
+
+    other = torch.nn.Linear(3, 2)
+    other.load_state_dict(model.state_dict())
+    resumed = Optimizer(other, config, **arguments)
+    resumed.load_state_tensors({name: value.clone() for name, value in optimizer.state_tensors().items()})
+    for which in ((model, optimizer), (other, resumed)):
+        step(*which, 3)
+    assert torch.equal(model.weight, other.weight)
+    with optimizer.averaged(), resumed.averaged():
+        assert torch.equal(model.weight, other.weight)
+        assert not torch.equal(model.weight, weight)

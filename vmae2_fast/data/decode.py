@@ -46,6 +46,8 @@ class StreamInfo(NamedTuple):
     pts: np.ndarray | None
     """Sorted timestamps int64 [num_frames] in units of the stream's time base, or None where the file cannot be trusted
     with them (missing or doubled, or packed B-frames possible): frames are then counted in decoding order."""
+    seconds: np.ndarray | None
+    """The same as float64 seconds from the first frame on."""
 
 
 class Decoded(NamedTuple):
@@ -122,7 +124,7 @@ def _open(path: str) -> tuple[Any, Any]:
             if stream.codec_context is None:
                 container.close()
                 raise DecodeError(path, "this FFmpeg has no decoder for its video stream")
-            # the loader runs one clip per thread: threads inside a clip would only get in each other's way
+            # the loader runs one clip per process: threads inside a clip would only get in each other's way
             stream.thread_type = "NONE"
             stream.codec_context.thread_count = 1
             return container, stream
@@ -191,15 +193,17 @@ def _probe(path: str) -> StreamInfo:
         packets = [packet for packet in _packets(container, stream) if not packet.is_discard]
         times = [packet.pts for packet in packets]
         # AVI stores no presentation times; with MPEG-4's packed B-frames the made-up ones differ from the frames' own
+        unit = stream.time_base
         packed = container.format.name == "avi" and stream.codec_context.name == "mpeg4"
     if times and not packed and None not in times and len(set(times)) == len(times):
-        return StreamInfo(len(times), np.sort(np.asarray(times, dtype=np.int64)))
+        table = np.sort(np.asarray(times, dtype=np.int64))
+        return StreamInfo(len(times), table, (table - table[0]) * float(unit))
     container, stream = _open(path)
     with container:
         count = sum(1 for _ in _frames(container, stream))
     if not count:
         raise DecodeError(path, "holds no decodable video frame")
-    return StreamInfo(count, None)
+    return StreamInfo(count, None, None)
 
 
 def _guarded(path: str, function: Any, *arguments: Any) -> Any:
@@ -270,6 +274,43 @@ def _decode_video(path: str, ids: np.ndarray) -> Decoded:
     return Decoded(unique[place], None if pts is None else pts[place])
 
 
+def stream_video(path: str, chunk: int = 32) -> Iterator[np.ndarray]:
+    """All frames of a video in order, RGB uint8 [<= chunk, H, W, 3] at a time; each is decoded once.
+
+    Memory does not grow with the length of the video. Raises DecodeError where a frame is missing or damaged; what came
+    before is right.
+    """
+    stream = _stream(path, chunk)
+    while (frames := _guarded(path, lambda _: next(stream, None))) is not None:
+        yield frames
+
+
+def _stream(path: str, chunk: int) -> Iterator[np.ndarray]:
+    info = probe(path)
+    known = None if info.pts is None else {int(t): k for k, t in enumerate(info.pts)}
+    container, stream = _open(path)
+    rows: list[np.ndarray] = []
+    first: Any = None
+    count = 0
+    with container:
+        for frame in _frames(container, stream):
+            number = count if known is None else known.get(frame.pts)
+            if number is None:  # sent before the first frame that is shown
+                continue
+            if number != count:
+                break
+            first = first or frame
+            rows.append(np.rot90(_to_rgb(frame, like=first), round(first.rotation / 90) % 4))
+            count += 1
+            if len(rows) == chunk:
+                yield np.stack(rows)
+                rows = []
+    if rows:
+        yield np.stack(rows)
+    if count != info.num_frames:
+        raise DecodeError(path, f"damaged or cut off: frame {count} of {info.num_frames} cannot be decoded")
+
+
 def _by_time(path: str, table: np.ndarray, wanted: np.ndarray, *, seek: bool) -> list[Any] | None:
     """The wanted frames by timestamp, or None where they were not all seen or the seek cannot be trusted."""
     times = {int(table[k]): i for i, k in enumerate(wanted)}
@@ -325,7 +366,7 @@ def _to_rgb(frame: Any, like: Any | None = None) -> np.ndarray:
 
     if not hasattr(_local, "reformatter"):
         # one scaling context per thread: building one per frame costs as much as the conversion; PyAV 17 made the
-        # conversion multi-threaded by default, which the loader's own threads leave no room for
+        # conversion multi-threaded by default, which the loader's own processes leave no room for
         _local.reformatter = VideoReformatter()
         _local.options = {"threads": 1} if int(_av().__version__.split(".")[0]) >= 17 else {}
     size = {}

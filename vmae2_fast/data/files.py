@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import re
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,6 +15,7 @@ from pebble import ProcessExpired, ProcessPool
 from tqdm import tqdm
 
 from .decode import DecodeError, decode_images, decode_timed, probe
+from .lists import first_line
 from .manifest import Manifest, Record, Source, line_format, open_tree
 from .workers import decoder_context, start_worker
 
@@ -41,8 +40,7 @@ def open_list(path: str, *, root: str | None = None, template: str | None = None
         manifest, names, top = open_tree(path, "train", template)
         kind, base, classes = "video", top, len(names)
     else:
-        blob = Path(path).read_bytes() if os.path.isfile(path) else b""
-        kind, base, classes = line_format(blob, labelled=template is not None), root or os.path.dirname(path), 0
+        kind, base, classes = line_format(first_line(path), labelled=template is not None), root or os.path.dirname(path), 0
         manifest = Manifest.read(path, kind)
     source = Source(
         name=path, manifest=manifest, root=base, weight=1.0, stride=1, template=template, classes=classes or None,
@@ -102,10 +100,6 @@ def in_processes(
         pool.join()
 
 
-def _single(source: Source, record: Record) -> Source:
-    return dataclasses.replace(source, manifest=Manifest.of([record]))
-
-
 def verify_clip(path: str, source: Source, record: Record) -> int:
     """Number of frames of a clip whose first, middle and last ones decode. Raises DecodeError."""
     if record.total >= 0:
@@ -120,7 +114,7 @@ def verify(listed: Listed, *, shard: str = "0/1", workers: int = 2, timeout_s: f
     """Probe every file of a list. Returns files, frames, bad (number), and for every reason the paths."""
     source = listed.source
     numbers = shard_of(shard, len(source.manifest))
-    jobs = [(source.path(record), _single(source, record), record) for record in map(source.manifest.__getitem__, numbers)]
+    jobs = [(source.path(record), source.alone(record), record) for record in map(source.manifest.__getitem__, numbers)]
     frames = 0
     reasons: dict[str, list[str]] = {}
     for number, result in in_processes(verify_clip, jobs, workers=workers, timeout_s=timeout_s, what="verifying"):

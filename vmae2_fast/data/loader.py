@@ -14,19 +14,16 @@ import os
 import time
 import weakref
 from collections import Counter, deque
-from collections.abc import Generator, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from ..config import DataConfig
-from ..ops import resize_crop
-from . import sampling
 from .decode import DecodeError, FrameCache, repeated
-from .manifest import Manifest, Source, open_sources
-from .plan import Planner, cut_test_views
+from .manifest import Source, open_sources
+from .plan import Planner, cut_views
 from .sampling import Purpose, counter_rng
 from .schedule import Mixture
 from .workers import DecodePool, Done, Job, MemoryPool, Place, Ticket
@@ -62,30 +59,25 @@ class Batch(NamedTuple):
     """bool [B, T]: frames that only fill up the clip of a short video, repeating the one before. A loader always says."""
 
 
-@dataclass(frozen=True)
-class VideoViews:
-    """Every test view of one video."""
+class Draw(NamedTuple):
+    """What the random numbers of a clip depend on."""
 
-    clips: torch.Tensor
-    """uint8 [segments * crops, T, H, W, C]; segment-major."""
-    label: int
-    path: str
-    index: int
-    """Number of the video in the concatenated lists."""
-    padded: torch.Tensor | None = None
-    """bool [segments * crops, T]: frames that repeat the one before to fill up a view of a short video."""
+    seed: int
+    epoch: int
+    position: int
+    attempt: int
 
 
 class BadDataError(RuntimeError):
     """Too many clips cannot be decoded."""
 
 
-class _Reader:
+class Reader:
     """Sources, cache and quarantine: what training and evaluation share."""
 
     def __init__(self, data: DataConfig, quarantine: str | os.PathLike[str] | None) -> None:
         self.data = data
-        self.sources: list[Source] = open_sources(data)
+        self.sources: list[Source] = self._open(data)
         self.cache = FrameCache(data.cache_mb << 20) if data.cache_mb else None
         self.decoded = self.replaced = 0
         self.decode_s = self.wait_s = 0.0
@@ -94,6 +86,9 @@ class _Reader:
         self._quarantined = self._known_bad()
         # weak: a loop that breaks off drops its iteration, which then ends its own processes
         self._running: weakref.WeakSet[Generator[Any, None, None]] = weakref.WeakSet()
+
+    def _open(self, data: Any) -> list[Source]:
+        return open_sources(data)
 
     @property
     def label_names(self) -> tuple[str, ...] | None:
@@ -129,7 +124,7 @@ class _Reader:
         self._running.add(iteration)
         return iteration
 
-    def _submit(self, pool: DecodePool, job: Job, out: torch.Tensor) -> Ticket:
+    def _submit(self, pool: DecodePool, job: Job, out: torch.Tensor | None) -> Ticket:
         """Start a job, or cut its clips out of a video that was kept."""
         if self.cache is None:
             return pool.submit(job, out=out)
@@ -189,32 +184,17 @@ def _key(job: Job) -> tuple[str, int, int]:
     return job.source.path(job.record), job.record.start, job.record.total
 
 
-def _single(source: Source, index: int) -> Source:
-    """`source` with one clip of its list: what a process is told."""
-    return dataclasses.replace(source, manifest=Manifest.of([source.manifest[index]]))
-
-
-def _cut_planned(planner: Planner, epoch: int, position: int, attempt: int, video: torch.Tensor, out: torch.Tensor) -> None:
-    height, width = video.shape[1:3]
-    resize_crop(video, planner.windows(height, width, epoch, position, attempt), planner.size, out=out, threads=1)
-
-
-def _cut_views(segments: int, crops: int, size: int, video: torch.Tensor, out: torch.Tensor) -> None:
-    out.copy_(cut_test_views(video, segments=segments, size=size, crops=crops, threads=1))
-
-
-def _pinned(clip: torch.Tensor) -> torch.Tensor:
+def pinned(clip: torch.Tensor) -> torch.Tensor:
     """Where there is a GPU, a copy in page-locked memory of torch's, which knows when a transfer is over."""
     if not torch.cuda.is_available():
         return clip
     return torch.empty(clip.shape, dtype=clip.dtype, pin_memory=True).copy_(clip)
 
 
-def _test_ids(rule: str, num_frames: int, *, frames: int, stride: int, segments: int) -> np.ndarray:
-    """Frame ids of all test views, int64 [segments * T]."""
-    if rule == "segment":
-        return sampling.segment_test_views(num_frames, frames, segments).reshape(-1)
-    return sampling.dense_test_views(num_frames, frames, stride, segments).reshape(-1)
+def _cut_planned(planner: Planner, draw: Draw, video: torch.Tensor, out: torch.Tensor) -> None:
+    height, width = video.shape[1:3]
+    plans = planner.view_plans(height, width, draw.epoch, draw.position, draw.attempt)
+    cut_views(video, plans, planner.size, out=out, threads=1)
 
 
 class _Ahead(NamedTuple):
@@ -225,7 +205,19 @@ class _Ahead(NamedTuple):
     tickets: list[Ticket]
 
 
-class VideoLoader(_Reader):
+class Finished(NamedTuple):
+    """A clip that was decoded."""
+
+    position: int
+    job: Job
+    done: Done
+
+    @property
+    def path(self) -> str:
+        return self.job.source.path(self.job.record)
+
+
+class VideoLoader(Reader):
     """Training batches. Iterating goes on at `position` (first: `start`); breaking off or `close()` ends the processes.
 
     Args:
@@ -254,17 +246,18 @@ class VideoLoader(_Reader):
         """Where the next iteration would begin: all the state there is."""
         self.mixture = Mixture([len(s.manifest) for s in self.sources], [s.weight for s in self.sources], seed)
         self.planner = Planner(
-            frames=frames, size=size, sampling=data.sampling, crop=data.crop, flip=data.flip, views=data.views, seed=seed)
+            frames=frames, size=size, sampling=data.sampling, crop=data.crop, flip=data.flip, views=data.views, seed=seed,
+            augment=data.augment)
 
     @property
     def num_clips(self) -> int:
         """Clips of an epoch."""
         return len(self.mixture)
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Any]:
         return self._start(self._batches())
 
-    def _batches(self) -> Generator[Batch, None, None]:
+    def _batches(self) -> Generator[Any, None, None]:
         pool, memory = DecodePool(self.data.workers, self.data.timeout_s), MemoryPool()
         ahead: deque[_Ahead] = deque()
         submitted, step, begin = 0, self.clips_per_batch * self.world, self.position
@@ -291,7 +284,7 @@ class VideoLoader(_Reader):
         jobs = [self._job(p, 0, Place(path, i * rows[0].nbytes, shape)) for i, p in enumerate(positions)]
         return _Ahead(clip, positions, [self._submit(pool, job, row) for job, row in zip(jobs, rows)])
 
-    def _job(self, position: int, attempt: int, place: Place) -> Job:
+    def _job(self, position: int, attempt: int, place: Place | None) -> Job:
         """The job of a position, or of its `attempt`-th replacement."""
         epoch, drawn = position // len(self.mixture), position
         if attempt:
@@ -299,46 +292,53 @@ class VideoLoader(_Reader):
             drawn = epoch * len(self.mixture) + int(rng.randint(len(self.mixture)))
         number, index = self.mixture.record(drawn)
         source = self.sources[number]
-        return Job(
-            source=_single(source, index), record=source.manifest[index], place=place,
-            choose=functools.partial(
-                self.planner.frame_ids, stride=source.stride, epoch=epoch, position=position, attempt=attempt
-            ),
-            cut=functools.partial(_cut_planned, self.planner, epoch, position, attempt),
-        )  # fmt: skip
+        choose, cut = self._work(source, index, Draw(self.seed, epoch, position, attempt))
+        record = source.manifest[index]
+        return Job(source=source.alone(record), record=record, choose=choose, cut=cut, place=place)
 
-    def _collect(self, pool: DecodePool, ahead: _Ahead) -> Batch:
-        views, rows = self.data.views, ahead.clip.split(self.data.views)
+    def _work(self, source: Source, index: int, draw: Draw) -> tuple[Callable[..., Any], Callable[..., Any]]:
+        """`Job.choose` and `Job.cut` of clip `index` of a source; both must pickle."""
+        choose = functools.partial(
+            self.planner.frame_ids, stride=source.stride, epoch=draw.epoch, position=draw.position, attempt=draw.attempt
+        )
+        return choose, functools.partial(_cut_planned, self.planner, draw)
+
+    def _collect(self, pool: DecodePool, ahead: _Ahead) -> Any:
+        """Wait for the clips of a batch, take note of its failures, and put it together."""
         failures: list[Replaced] = []
         finished = []
-        for position, ticket, row in zip(ahead.positions, ahead.tickets, rows):
-            job, done, failed = self._settle(pool, position, ticket, row)
-            finished.append((job, done))
+        for position, ticket, row in zip(ahead.positions, ahead.tickets, ahead.clip.split(self.data.views)):
+            clip, failed = self._settle(pool, position, ticket, row)
+            finished.append(clip)
             failures += failed
             self.decoded += 1
             self.replaced += bool(failed)
         if failures:
             self.note(failures)
             self.judge()
-        padded = torch.from_numpy(repeated(np.stack([done.ids for _, done in finished])))
+        return self._batch(pinned(ahead.clip), finished, failures)
+
+    def _batch(self, clip: torch.Tensor, finished: list[Finished], failures: list[Replaced]) -> Any:
+        views = self.data.views
+        padded = torch.from_numpy(repeated(np.stack([one.done.ids for one in finished])))
         return Batch(
-            clip=_pinned(ahead.clip),
-            label=torch.tensor([job.record.label for job, _ in finished]).repeat_interleave(views),
-            position=torch.tensor(ahead.positions).repeat_interleave(views),
+            clip=clip,
+            label=torch.tensor([one.job.record.label for one in finished]).repeat_interleave(views),
+            position=torch.tensor([one.position for one in finished]).repeat_interleave(views),
             view=torch.arange(views).repeat(len(finished)),
-            paths=tuple(job.source.path(job.record) for job, _ in finished for _ in range(views)),
+            paths=tuple(one.path for one in finished for _ in range(views)),
             replaced=failures,
             padded=padded.repeat_interleave(views, dim=0),
         )
 
     def _settle(
         self, pool: DecodePool, position: int, ticket: Ticket, out: torch.Tensor
-    ) -> tuple[Job, Done, list[Replaced]]:
+    ) -> tuple[Finished, list[Replaced]]:
         """Wait for the clip of a position, or for its first good replacement."""
         failures: list[Replaced] = []
         while True:
             try:
-                return ticket.job, self._wait(pool, ticket), failures
+                return Finished(position, ticket.job, self._wait(pool, ticket)), failures
             except DecodeError as error:
                 failures.append(Replaced(position, ticket.job.source.path(ticket.job.record), error.reason))
             if len(failures) > self.data.max_attempts:
@@ -347,81 +347,3 @@ class VideoLoader(_Reader):
                 tried = f"no clip found for position {position} in {len(failures)} attempts"
                 raise BadDataError(f"{tried}; last: {last.path}: {last.reason}")
             ticket = self._submit(pool, self._job(position, len(failures), ticket.job.place), out)
-
-
-class EvaluationLoader(_Reader):
-    """Test views: every video once, in the order of the lists, decoded once for all its views.
-
-    Args:
-        data: sources; `sampling` "segment" gives interleaved segments, everything else dense windows.
-        frames, size: T, and height and width of a clip in pixels.
-        segments, crops: views in time and space; 1 is the centre.
-        quarantine: JSONL file for videos that cannot be decoded: they are left out and counted in `stats`.
-        rank, world: this loader yields the videos rank, rank + world, ...
-    """
-
-    def __init__(
-        self, data: DataConfig, *, frames: int, size: int, segments: int = 1, crops: int = 1,
-        quarantine: str | os.PathLike[str] | None = None, rank: int = 0, world: int = 1,
-    ) -> None:
-        if segments < 1 or crops < 1 or not 0 <= rank < world:
-            raise ValueError(f"segments={segments}, crops={crops}, rank={rank} of {world}: out of range")
-        super().__init__(data, quarantine)
-        self.frames, self.size, self.segments, self.crops, self.rank, self.world = frames, size, segments, crops, rank, world
-        self._ends = np.cumsum([len(source.manifest) for source in self.sources])
-
-    @property
-    def num_videos(self) -> int:
-        """Videos of all ranks together."""
-        return int(self._ends[-1])
-
-    def __len__(self) -> int:
-        return len(range(self.rank, self.num_videos, self.world))
-
-    def __iter__(self) -> Iterator[VideoViews]:
-        return self._start(self._videos())
-
-    def _videos(self) -> Generator[VideoViews, None, None]:
-        self.decoded = self.replaced = 0
-        self.bad.clear()
-        pool, memory = DecodePool(self.data.workers, self.data.timeout_s), MemoryPool()
-        ahead: deque[tuple[int, torch.Tensor, Ticket]] = deque()
-        indices = iter(range(self.rank, self.num_videos, self.world))
-        try:
-            while True:
-                while len(ahead) < self.data.workers + self.data.prefetch and (index := next(indices, None)) is not None:
-                    clips, path = memory.tensor((self.segments * self.crops, self.frames, self.size, self.size, 3))
-                    job = self._job(index, Place(path, 0, tuple(clips.shape)))
-                    ahead.append((index, clips, self._submit(pool, job, clips)))
-                if not ahead:
-                    self.judge(final=True)
-                    return
-                index, clips, ticket = ahead.popleft()
-                job = ticket.job
-                self.decoded += 1
-                path = job.source.path(job.record)
-                try:
-                    done = self._wait(pool, ticket)
-                except DecodeError as error:
-                    self.replaced += 1
-                    self.note([Replaced(index, path, error.reason)])
-                    self.judge()
-                    continue
-                padded = torch.from_numpy(repeated(done.ids.reshape(self.segments, -1)))
-                padded = padded.repeat_interleave(self.crops, dim=0)
-                yield VideoViews(_pinned(clips), job.record.label, path, index, padded)
-        finally:
-            pool.close()
-            memory.close()
-
-    def _job(self, index: int, place: Place) -> Job:
-        number = int(np.searchsorted(self._ends, index, side="right"))
-        source = self.sources[number]
-        within = index - (int(self._ends[number - 1]) if number else 0)
-        return Job(
-            source=_single(source, within), record=source.manifest[within], place=place,
-            choose=functools.partial(
-                _test_ids, self.data.sampling, frames=self.frames, stride=source.stride, segments=self.segments
-            ),
-            cut=functools.partial(_cut_views, self.segments, self.crops, self.size),
-        )  # fmt: skip

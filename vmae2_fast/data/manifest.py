@@ -1,12 +1,12 @@
 """Lists of clips: the official line formats, `datasets.toml`, and plain folder trees.
 
-A manifest keeps the paths of a list as one bytes object with line offsets, and the numbers as arrays: 1.35 million
-lines cost 0.1 GB and no Python object each. Line formats (space separated; paths may hold spaces; blank lines and CRLF
-are fine):
+A manifest holds the clips of a list as a table and one block of paths, memory-mapped where the list is long (`lists.py`).
+Line formats (space separated; paths may hold spaces; blank lines and CRLF are fine):
 
     pretrain   `path start total`    total < 0: a video file; else raw frames, `start` the number of the first
     video      `path label`
     frames     `path total label`    raw frames numbered from 1
+    paths      `path`                a video file; must be named as the format, nothing shows it
 
 `datasets.toml` says where data lives, one table per data set; paths are relative to the file, lists to `root`:
 
@@ -24,6 +24,8 @@ are fine):
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
 import sys
 from dataclasses import dataclass
@@ -35,20 +37,16 @@ import numpy as np
 from ..config import DataConfig, SourceConfig, unknown
 from . import decode
 from .labels import read_labels
+from .lists import COLUMNS, ROW, ClipTable, ManifestError, first_line, line_of, open_list
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
-_COLUMNS = {"pretrain": ("path", "start", "total"), "video": ("path", "label"), "frames": ("path", "total", "label")}
 _KEYS = ("root", "train", "val", "test", "kind", "format", "template", "stride", "classes", "labels")
 _NUMBERS = ("stride", "classes")
 _SPLITS = ("train", "val", "test")
-
-
-class ManifestError(ValueError):
-    """A list, a folder or `datasets.toml` that cannot be used; names the file, and the line where there is one."""
 
 
 class Record(NamedTuple):
@@ -67,93 +65,52 @@ class Record(NamedTuple):
 class Manifest:
     """The clips of one list, read-only. `len(manifest)`, `manifest[i]` -> Record."""
 
-    def __init__(self, blob: bytes, spans: np.ndarray, start: np.ndarray, total: np.ndarray, label: np.ndarray) -> None:
-        self._blob, self._spans = blob, spans
-        self._start, self.totals, self.labels = start, total, label
+    def __init__(self, table: ClipTable) -> None:
+        self.table = table
+        self.totals: np.ndarray = table.rows["total"]
+        self.labels: np.ndarray = table.rows["label"]
 
     def __len__(self) -> int:
         return len(self.totals)
 
     def __getitem__(self, index: int) -> Record:
-        first, last = self._spans[index]
-        path = self._blob[first:last].decode("utf-8", "surrogateescape")
-        return Record(path, int(self._start[index]), int(self.totals[index]), int(self.labels[index]))
+        first, length, start, total, label = self.table.rows[index].item()
+        path = self.table.paths[first : first + length].tobytes().decode("utf-8", "surrogateescape")
+        return Record(path, start, total, label)
 
     @staticmethod
     def read(path: str | os.PathLike[str], format: str, *, classes: int | None = None) -> Manifest:
-        """Read a list file in one of the formats "pretrain", "video", "frames".
+        """Read a list file in one of the formats of `lists.COLUMNS`.
 
         Raises ManifestError naming the file (and 1-based line) for an unreadable or empty list, wrong columns, or a label
         outside [0, classes).
         """
-        blob = _read(path)
-        names = _COLUMNS[format]
-        spans: list[tuple[int, int]] = []
-        rows: list[tuple[int, ...]] = []
-        lines: list[int] = []
-        position = 0
-        for number, raw in enumerate(blob.split(b"\n"), 1):
-            first, position = position, position + len(raw) + 1
-            line = raw.strip()
-            if not line:
-                continue
-            first += len(raw) - len(raw.lstrip())
-            columns = line.rsplit(None, len(names) - 1)
-            try:
-                rows.append(tuple(map(int, columns[1:])))
-                if len(columns) != len(names):
-                    raise ValueError
-            except ValueError:
-                text = line.decode("utf-8", "replace")
-                expected = " ".join(names)
-                raise ManifestError(f"{path}:{number}: expected `{expected}` separated by spaces, got {text!r}") from None
-            spans.append((first, first + len(columns[0])))
-            lines.append(number)
-        if not rows:
-            raise ManifestError(f"{path}: the list is empty")
-        values = np.asarray(rows, dtype=np.int64)
-        unlabelled, video = np.full(len(rows), -1), np.full(len(rows), -1)
-        start, total, label = {
-            "pretrain": lambda: (values[:, 0], values[:, 1], unlabelled),
-            "video": lambda: (np.zeros_like(video), video, values[:, 0]),
-            "frames": lambda: (np.ones_like(video), values[:, 0], values[:, 1]),
-        }[format]()
-        if format != "pretrain":
-            wrong = np.flatnonzero((label < 0) | (label >= (np.iinfo(np.int64).max if classes is None else classes)))
-            if len(wrong):
-                limit = "not negative" if classes is None else f"in 0..{classes - 1}"
-                where = f"{path}:{lines[wrong[0]]}"
-                raise ManifestError(f"{where}: label {label[wrong[0]]} is out of range, labels must be {limit}")
-        empty = np.flatnonzero(total == 0)
-        if len(empty):
-            raise ManifestError(f"{path}:{lines[empty[0]]}: a clip of 0 frames (a negative total means a video file)")
-        columns32 = (column.astype(np.int32) for column in (start, total, label))
-        return Manifest(blob, np.asarray(spans, dtype=np.int64), *columns32)
+        manifest = Manifest(open_list(path, format))
+        if classes is not None and manifest.labels.max() >= classes:
+            clip = int(np.argmax(manifest.labels >= classes))
+            where = f"{path}:{line_of(path, clip)}"
+            raise ManifestError(f"{where}: label {manifest.labels[clip]} is out of range, labels must be in 0..{classes - 1}")
+        return manifest
 
     @staticmethod
     def of(records: list[Record]) -> Manifest:
         """A manifest of records made in memory."""
         paths = [record.path.encode("utf-8", "surrogateescape") for record in records]
         ends = np.cumsum([len(path) for path in paths], dtype=np.int64)
-        spans = np.stack((np.concatenate(([0], ends[:-1])), ends), axis=1)
-        numbers = np.asarray([record[1:] for record in records], dtype=np.int32).reshape(-1, 3)
-        return Manifest(b"".join(paths), spans, numbers[:, 0], numbers[:, 1], numbers[:, 2])
+        rows = np.empty(len(records), dtype=ROW)
+        rows["length"] = [len(path) for path in paths]
+        rows["first"] = ends - rows["length"]
+        for name in ("start", "total", "label"):
+            rows[name] = [getattr(record, name) for record in records]
+        return Manifest(ClipTable(rows, np.frombuffer(b"".join(paths), dtype=np.uint8)))
 
 
-def _read(path: str | os.PathLike[str]) -> bytes:
-    try:
-        return Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf")
-    except OSError as error:
-        raise ManifestError(f"{path}: cannot read the list: {error.strerror or error}") from error
-
-
-def line_format(blob: bytes, *, labelled: bool = True) -> str:
-    """The format a list is in, judged by its first line: two numbers at the end make three columns.
+def line_format(line: bytes, *, labelled: bool = True) -> str:
+    """The format a list is in, judged by a line of it: two numbers at the end make three columns.
 
     `path start total` and `path total label` look alike: a negative second number says "pretrain", else `labelled` decides.
     """
-    first = next((line.split() for line in blob.split(b"\n") if line.strip()), [])
-    numbers = [column for column in first[1:][-2:] if column.removeprefix(b"-").isdigit()]
+    numbers = [column for column in line.split()[1:][-2:] if column.removeprefix(b"-").isdigit()]
     if len(numbers) < 2:
         return "video"
     return "frames" if labelled and not numbers[1].startswith(b"-") else "pretrain"
@@ -172,6 +129,10 @@ class Source:
     """None: frame k is the k-th image file of the folder."""
     classes: int | None
     label_names: tuple[str, ...] | None
+
+    def alone(self, record: Record) -> Source:
+        """This source with one clip: what is sent to a process that decodes it."""
+        return dataclasses.replace(self, manifest=Manifest.of([record]), label_names=None)
 
     def path(self, record: Record) -> str:
         return os.path.join(self.root, record.path) if self.root else record.path
@@ -207,10 +168,17 @@ def read_datasets(path: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
                     raise ManifestError(f"{path}: [{name}]: {key} must be a positive whole number, got {value!r}")
             elif not isinstance(value, str):
                 raise ManifestError(f"{path}: [{name}]: {key} must be a string, got {value!r}")
-        for key, allowed in (("kind", ("video", "frames")), ("format", ("auto", *_COLUMNS))):
+        for key, allowed in (("kind", ("video", "frames")), ("format", ("auto", *COLUMNS))):
             if key in table and table[key] not in allowed:
                 raise ManifestError(f"{path}: [{name}]: {unknown(key, table[key], list(allowed))}")
     return tables
+
+
+def dataset_table(name: str, table: dict[str, Any]) -> str:
+    """One table of a `datasets.toml` as text."""
+    # a JSON string is a TOML string as long as it keeps characters beyond 16 bits as they are
+    lines = [f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in table.items()]
+    return "\n".join([f"[{name}]", *lines, ""])
 
 
 def open_sources(data: DataConfig) -> list[Source]:
@@ -269,7 +237,7 @@ def _open_source(source: SourceConfig, data: DataConfig, tables: dict[str, dict[
         form = table.get("format", "auto")
         if form == "auto":
             # a pre-training recipe may read labelled lists too: those of a table that declares its classes
-            form = line_format(_read(path), labelled=classes is not None or data.sampling != "pretrain")
+            form = line_format(first_line(path), labelled=classes is not None or data.sampling != "pretrain")
             if table.get("kind") == "video" and form == "frames":
                 form = "video"
             elif table.get("kind") == "frames" and form == "video":

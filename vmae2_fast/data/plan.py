@@ -1,28 +1,43 @@
-"""What is cut out of a video: a small plan drawn once, and the deterministic code that carries it out.
+"""What is cut out of a video and done to it: a small plan drawn once, and the deterministic code that carries it out.
 
-The frames and windows of a clip are a pure function of (seed, epoch, position, attempt) and, for a window, the view.
+Frames are a pure function of (seed, epoch, position, attempt); window, flip, operations and erased rectangle of a view of
+these and the view's number: workers, devices, batches and what was decoded before change nothing.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from ..config import AugmentConfig
 from ..ops.resize import Window, resize_crop
 from . import sampling
+from .augment import Erasure, draw_erasure, erase_
+from .randaugment import Operation, draw_operations, parse_policy, randaugment
 from .sampling import Purpose, counter_rng
 
 
+class ViewPlan(NamedTuple):
+    """What makes one view out of decoded frames, in the order it is done."""
+
+    operations: tuple[Operation, ...]
+    """RandAugment, on whole frames."""
+    window: Window
+    """Crop, resize and flip."""
+    erasure: Erasure | None
+    """In pixels of the finished clip."""
+
+
 class ClipPlan(NamedTuple):
-    """Frames and windows of one clip."""
+    """Frames and views of one clip."""
 
     frames: np.ndarray
     """Frame ids, int64 [T], shared by all views."""
-    windows: tuple[Window, ...]
-    """One per view."""
+    views: tuple[ViewPlan, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +51,11 @@ class Planner:
     flip: bool
     views: int
     seed: int
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+
+    def __post_init__(self) -> None:
+        if self.augment.randaugment is not None:
+            parse_policy(self.augment.randaugment)  # a policy nobody can read is an error before anything is decoded
 
     def frame_ids(self, num_frames: int, stride: int, epoch: int, position: int, attempt: int = 0) -> np.ndarray:
         """Frame ids int64 [T] for a video of `num_frames`."""
@@ -59,12 +79,48 @@ class Planner:
             return Window(*sampling.multi_scale_crop(height, width, self.size, rng), flip)
         return Window(*sampling.random_resized_crop(height, width, rng), flip)
 
+    def view_plans(self, height: int, width: int, epoch: int, position: int, attempt: int = 0) -> tuple[ViewPlan, ...]:
+        """The plan of each view for frames of `height` x `width` pixels."""
+        windows = self.windows(height, width, epoch, position, attempt)
+        return tuple(self._view(window, epoch, position, view, attempt) for view, window in enumerate(windows))
+
+    def _view(self, window: Window, epoch: int, position: int, view: int, attempt: int) -> ViewPlan:
+        operations: tuple[Operation, ...] = ()
+        if self.augment.randaugment is not None:
+            rng = counter_rng(self.seed, epoch, position, view, Purpose.AUGMENT, attempt)
+            operations = draw_operations(parse_policy(self.augment.randaugment), rng)
+        erasure = None
+        if self.augment.erase > 0:
+            rng = counter_rng(self.seed, epoch, position, view, Purpose.ERASE, attempt)
+            erasure = draw_erasure(self.augment.erase, self.size, rng)
+        return ViewPlan(operations, window, erasure)
+
     def plan(
         self, num_frames: int, height: int, width: int, stride: int, *, epoch: int, position: int, attempt: int = 0
     ) -> ClipPlan:
         """The whole plan of a clip whose video is known."""
         ids = self.frame_ids(num_frames, stride, epoch, position, attempt)
-        return ClipPlan(ids, self.windows(height, width, epoch, position, attempt))
+        return ClipPlan(ids, self.view_plans(height, width, epoch, position, attempt))
+
+
+def cut_views(
+    video: torch.Tensor, plans: Sequence[ViewPlan], size: int, *, out: torch.Tensor | None = None, threads: int | None = None
+) -> torch.Tensor:
+    """Every view of the frames of one clip, on the frames' device: uint8 [T, H, W, C] -> [V, T, size, size, C].
+
+    out: uint8 of that shape, written in place of a new tensor; `threads` as in `vmae2_fast.ops.resize_crop`.
+    """
+    if out is None:
+        out = video.new_empty((len(plans), video.shape[0], size, size, video.shape[-1]))
+    if any(plan.operations for plan in plans):
+        for plan, view in zip(plans, out.split(1), strict=True):  # one at a time: whole frames of all views are large
+            frames = randaugment(video[None], [plan.operations])[0] if plan.operations else video
+            resize_crop(frames, [plan.window], size, out=view, threads=threads)
+    else:
+        resize_crop(video, [plan.window for plan in plans], size, out=out, threads=threads)
+    if any(plan.erasure for plan in plans):
+        erase_(out, [plan.erasure for plan in plans])
+    return out
 
 
 def test_windows(height: int, width: int, size: int, crops: int) -> list[Window]:

@@ -31,6 +31,12 @@ class Purpose(enum.IntEnum):
     REPLACEMENT = 4
     SHUFFLE = 5
     INTERLEAVE = 6
+    AUGMENT = 7
+    ERASE = 8
+    MIX = 9
+    SUBSET = 10
+    BOXES = 11
+    SCALE = 12
 
 
 def _philox(seed: int, purpose: Purpose, counter: tuple[int, int, int]) -> np.random.Philox:
@@ -53,12 +59,16 @@ def counter_rng(seed: int, epoch: int, position: int, view: int, purpose: Purpos
 
 
 def permutation(seed: int, purpose: Purpose, stream: int, number: int, size: int) -> np.ndarray:
-    """A permutation of range(size): the stable argsort of raw Philox words, int64 [size].
+    """A permutation of range(size): the order of raw Philox words, int64 [size].
 
-    Written on raw words so that it is the same under every numpy version.
+    Written on raw words so that it is the same under every numpy version. Words keep their high bits and carry the index
+    in the low ones, because sorting numbers is several times faster than finding the order of others.
     """
+    low = np.uint64((1 << max(size - 1, 1).bit_length()) - 1)
     words = _philox(seed, purpose, (number, stream, 0)).random_raw(size)
-    return np.argsort(words, kind="stable")
+    words = words & ~low | np.arange(size, dtype=np.uint64)
+    words.sort()
+    return (words & low).astype(np.int64)
 
 
 def pretrain_indices(num_frames: int, frames: int, stride: int, rng: Any, *, jitter: bool = False) -> np.ndarray:

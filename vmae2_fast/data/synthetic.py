@@ -67,25 +67,35 @@ class SceneSet:
     labeled_val: int = 6
     """Clips per class."""
     holdout: int = 64
+    distractors: int = 1
+    """Discs that wander over every scene."""
+    shake: float = 0.0
+    """Deviation of the camera's place from frame to frame, in half pictures; what it shows jumps as a whole."""
     seed: int = 0
 
 
-def render_scene(kind: str, rng: Generator, *, frames: int, size: int, step: float = 1.0) -> np.ndarray:
+def render_scene(
+    kind: str, rng: Generator, *, frames: int, size: int, step: float = 1.0, distractors: int = 1, shake: float = 0.0
+) -> np.ndarray:
     """One scene as uint8 [frames, size, size, 3].
 
     `kind` is one of CLASSES; `step` is the time between two frames (2 gives the half frame rate). The picture spans
-    [-1, 1]^2; the wave moves by 0.04 to 0.08 periods in a frame of step 1.
+    [-1, 1]^2; the wave moves by 0.04 to 0.08 periods in a frame of step 1. distractors, shake: as in `SceneSet`.
     """
     t = (np.arange(frames, dtype=np.float32) - (frames - 1) / 2) * np.float32(step)
     axis = (np.arange(size, dtype=np.float32) + 0.5) / size * 2 - 1
     y, x = (np.broadcast_to(a, (frames, size, size)) for a in np.meshgrid(axis, axis, indexing="ij"))
+    if shake:
+        away = rng.normal(0, shake, (2, frames, 1, 1)).astype(np.float32)
+        x, y = x + away[0], y + away[1]
     video = np.full((frames, size, size, 3), 0.5, np.float32) + rng.uniform(-0.15, 0.15, 3).astype(np.float32)
     amplitude = rng.choice([-1.0, 1.0], 3) * rng.uniform(0.1, 0.33, 3)
     video += np.sin(_phase(kind, x, y, t[:, None, None], rng))[..., None] * amplitude.astype(np.float32)
-    start, velocity = rng.uniform(-0.7, 0.7, 2), rng.uniform(-0.05, 0.05, 2)
-    _paint_disc(
-        video, x, y, start[0] + velocity[0] * t, start[1] + velocity[1] * t, rng.uniform(0.12, 0.25), rng.uniform(0, 1, 3)
-    )
+    for _ in range(distractors):
+        start, velocity = rng.uniform(-0.7, 0.7, 2), rng.uniform(-0.05, 0.05, 2)
+        _paint_disc(
+            video, x, y, start[0] + velocity[0] * t, start[1] + velocity[1] * t, rng.uniform(0.12, 0.25), rng.uniform(0, 1, 3)
+        )
     if kind in ("red_then_blue", "blue_then_red"):
         early, late = ((0.9, 0.1, 0.1), (0.1, 0.2, 0.95))[:: 1 if kind == "red_then_blue" else -1]
         for colour, visible in ((early, t < 0), (late, t >= 0)):
@@ -193,11 +203,12 @@ def _write_clip(work: Path, scenes: SceneSet, number: int, clip: _Clip) -> str:
     name = f"{clip.split}_{number:05d}"
     folder = work / clip.source
     folder.mkdir(exist_ok=True)
+    look = {"size": scenes.size, "distractors": scenes.distractors, "shake": scenes.shake}
     if clip.as_frames:  # half the frame rate, so the same motion takes half the frames
-        video = render_scene(clip.kind, rng, frames=scenes.frames // 2, size=scenes.size, step=2.0)
+        video = render_scene(clip.kind, rng, frames=scenes.frames // 2, step=2.0, **look)  # type: ignore[arg-type]
         write_jpegs(video, folder / name)
         return f"{name} {len(video)} {clip.label}" if clip.label is not None else f"{name} 1 {len(video)}"
-    write_mp4(render_scene(clip.kind, rng, frames=scenes.frames, size=scenes.size), folder / f"{name}.mp4")
+    write_mp4(render_scene(clip.kind, rng, frames=scenes.frames, **look), folder / f"{name}.mp4")  # type: ignore[arg-type]
     return f"{name}.mp4 {clip.label}" if clip.label is not None else f"{name}.mp4 0 -1"
 
 

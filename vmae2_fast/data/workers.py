@@ -105,9 +105,11 @@ class Job:
     record: Record
     choose: Callable[[int], np.ndarray]
     """Length of the video -> frame ids."""
-    cut: Callable[[torch.Tensor, torch.Tensor], None]
-    """Frames uint8 [T, H, W, C], out -> None: fills `out` with the views."""
-    place: Place
+    cut: Callable[[torch.Tensor, Any], Any]
+    """Frames uint8 [T, H, W, C], out -> what is to come back beside the clips: fills `out` with the views. It must not give
+    back tensors, which torch would send through files of their own."""
+    place: Place | None
+    """None: what `cut` gives back is all, and `out` is None."""
     keep: int = 0
     """Bytes a whole decoded video may have to be sent back beside its clips; 0: never."""
 
@@ -121,6 +123,8 @@ class Done(NamedTuple):
     """Time of decoding, with reading the file."""
     video: np.ndarray | None
     """The whole video uint8 [N, H, W, C], where it is worth keeping."""
+    cut: Any
+    """What the job's `cut` gave back."""
 
 
 def run_job(job: Job, out: torch.Tensor | None = None, video: np.ndarray | None = None) -> Done:
@@ -141,8 +145,9 @@ def run_job(job: Job, out: torch.Tensor | None = None, video: np.ndarray | None 
             with contextlib.suppress(DecodeError):  # damaged outside the planned frames: a good clip of a video not kept
                 whole = read(np.arange(count))
     seconds = time.perf_counter() - begin
-    job.cut(torch.from_numpy(frames), _open(job.place) if out is None else out)
-    return Done(ids, seconds, whole)
+    if out is None and job.place is not None:
+        out = _open(job.place)
+    return Done(ids, seconds, whole, job.cut(torch.from_numpy(frames), out))
 
 
 def _reader(job: Job) -> tuple[Callable[[np.ndarray], np.ndarray], int]:
@@ -229,7 +234,7 @@ class DecodePool:
         self._known: set[int] | None = None
         return ProcessPool(self._workers, initializer=start_worker, context=decoder_context())
 
-    def submit(self, job: Job, *, out: torch.Tensor, video: np.ndarray | None = None) -> Ticket:
+    def submit(self, job: Job, *, out: torch.Tensor | None, video: np.ndarray | None = None) -> Ticket:
         """Run a job; one whose `video` is kept here needs no process, `out` is this process's view of the job's place."""
         if self._processes is None or video is not None:
             return Ticket(job, self._thread.submit(run_job, job, out, video))

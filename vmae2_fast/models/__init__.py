@@ -10,6 +10,7 @@ import torch
 
 from ..config import ModelConfig, unknown
 from .classify import VisionTransformer
+from .detect import Detector
 from .pretrain import PretrainViT
 from .sizes import model_names, resolve
 from .vit import Block
@@ -17,6 +18,7 @@ from .weights import LoadReport, convert_weights, load_weights, save_weights
 
 __all__ = [
     "Block",
+    "Detector",
     "LoadReport",
     "PretrainViT",
     "VisionTransformer",

@@ -67,7 +67,7 @@ class PretrainViT(nn.Module):
             raise ValueError(f"{config.name!r} is a classification model; a pre-training name begins with pretrain_videomae_")
         self.config, self.spec = config, spec
         self.encoder = Encoder(spec, config)
-        self.decoder = Decoder(spec.decoder, spec.patch_values, config)
+        self.decoder = Decoder(spec.decoder, spec.decoder_outputs, config)
         self.encoder_to_decoder = Linear(spec.encoder.width, spec.decoder.width, bias=False)
         self.mask_token = nn.Parameter(torch.empty(1, 1, spec.decoder.width))
         self.decoder_positions = PositionTable(spec, spec.decoder.width, config.positions)
@@ -109,7 +109,8 @@ class PretrainViT(nn.Module):
         return self.encoder(clip, visible_index)
 
     def forward(self, clip: Tensor, mask: DualMask, tokens: Literal["loss", "decode"] = "loss") -> Tensor:
-        """Predicted pixels [B, K, tubelet * patch * patch * C], ordered (t, y, x, c) within a patch.
+        """Predicted pixels [B, K, tubelet * patch * patch * C], ordered (t, y, x, c) within a patch; with
+        `config.decoder_outputs` that many values [B, K, decoder_outputs] of another target.
 
         tokens="loss": K = Nl, those of `mask.loss_index` (a padded place predicts garbage that the loss leaves out).
         The others are dropped behind the last attention, where they can no longer change anything that counts: loss
@@ -119,5 +120,5 @@ class PretrainViT(nn.Module):
         visible = self.encoder_to_decoder(self.encode(clip, mask.visible_index))
         sequence = decoder_tokens(visible, self.mask_token, self.decoder_positions(), mask.visible_index, mask.decode_index)
         first = mask.visible_index.shape[1]
-        rows: Tensor | slice = mask.loss_slot + first if tokens == "loss" else slice(first, None)
+        rows: Tensor | slice = mask.loss_slot.long() + first if tokens == "loss" else slice(first, None)
         return self.decoder(sequence, rows)

@@ -69,6 +69,8 @@ class ModelSpec:
     encoder: StackSpec
     decoder: StackSpec | None
     """None for classification models."""
+    decoder_outputs: int
+    """Values the decoder predicts for a token."""
 
     @property
     def grid(self) -> tuple[int, int, int]:
@@ -115,11 +117,13 @@ def resolve(config: ModelConfig) -> ModelSpec:
         "depth": given(config.depth, row.depth),
         "heads": heads,
     }
+    outputs = given(config.decoder_outputs, config.in_chans * config.tubelet * patch * patch)
     decoder = None
     if kind == "pretrain":
         decoder_width = given(config.decoder_width, row.decoder_width)
         decoder_heads = given(config.decoder_heads, row.decoder_heads)
         counts |= {"decoder_width": decoder_width, "decoder_depth": config.decoder_depth, "decoder_heads": decoder_heads}
+        counts["decoder_outputs"] = outputs
         decoder = StackSpec(decoder_width, config.decoder_depth, decoder_heads, int(decoder_width * decoder_ratio))
     for key, value in counts.items():
         require(value >= 1, f"model.{key} must be at least 1, got {value}")
@@ -158,4 +162,5 @@ def resolve(config: ModelConfig) -> ModelSpec:
         channels=config.in_chans,
         encoder=StackSpec(width, counts["depth"], heads, int(width * ratio)),
         decoder=decoder,
+        decoder_outputs=outputs if decoder is not None else 0,
     )

@@ -14,17 +14,19 @@ gamma_1/gamma_2 with layer scale, attn.scale with cosine attention.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ..config import ModelConfig
+from ..ops._half_block import statistics_dtype
 from ..ops.attention import attention, cosine_attention
+from ..ops.linear import linear
 from ..ops.mlp import norm_mlp
 from ..ops.norm import norm_qkv, residual_norm
 from ..ops.patches import gather_patches
@@ -42,10 +44,14 @@ class Pending(NamedTuple):
 
 
 class Linear(nn.Linear):
-    """`nn.Linear` whose values are left to `initialise`: drawing torch's default first doubles the time of a build."""
+    """`nn.Linear` that keeps no cast copy of its weight, and whose values are left to `initialise`: drawing torch's default
+    first doubles the time of a build."""
 
     def reset_parameters(self) -> None:
         pass
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
 
 
 class Conv3d(nn.Conv3d):
@@ -78,7 +84,7 @@ class PatchEmbed(nn.Module):
         kind, weight = clip.device.type, self.proj.weight
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
         rows = gather_patches(clip, index, patch=spec.patch, tubelet=spec.tubelet, mean=self.mean, std=self.std, dtype=dtype)
-        return F.linear(rows, weight.flatten(1), self.proj.bias)
+        return linear(rows, weight.flatten(1), self.proj.bias)
 
 
 def check_clip(clip: Tensor, spec: ModelSpec) -> None:
@@ -127,7 +133,10 @@ class Block(nn.Module):
     `block(x)` maps [B, N, width] to [B, N, width]. With `defer=True` it takes and returns the pending branch of the
     head of this file. `rows` keeps only some tokens behind the attention: token positions [B, K] or a slice; what
     the dropped ones would have become is not computed. drop_path: probability of dropping each branch of a sample
-    while training (torch's random numbers). `initial=False` leaves the values unset, for a model that sets them all.
+    while training (torch's random numbers). skip_dropped: dropped samples are left out of the branch's work, not
+    multiplied by 0; `kept` then names those that run the attention and the MLP (int64 indices on the host, see
+    `ops.drop_path`; None: drawn from torch's CPU generator). Shapes vary from call to call: no CUDA graph holds them.
+    `initial=False` leaves the values unset, for a model that sets them all.
     """
 
     def __init__(
@@ -140,12 +149,14 @@ class Block(nn.Module):
         norm_eps: float = 1e-6,
         layer_scale: float = 0.0,
         drop_path: float = 0.0,
+        skip_dropped: bool = False,
         cosine_attention: bool = False,
         activation_checkpoint: ActivationCheckpoint = "none",
         initial: bool = True,
     ) -> None:
         super().__init__()
         self.layer_scale, self.drop_path, self.activation_checkpoint = layer_scale, drop_path, activation_checkpoint
+        self.skip_dropped = skip_dropped
         self.gamma_1 = nn.Parameter(torch.empty(width)) if layer_scale > 0 else None
         self.gamma_2 = nn.Parameter(torch.empty(width)) if layer_scale > 0 else None
         self.norm1 = nn.LayerNorm(width, eps=norm_eps)
@@ -156,50 +167,96 @@ class Block(nn.Module):
             initialise(self)
 
     def forward(
-        self, x: Tensor, pending: Pending | None = None, *, defer: bool = False, rows: Tensor | slice | None = None
-    ) -> Tensor | tuple[Tensor, Pending]:
-        drop = None
+        self,
+        x: Tensor,
+        pending: Pending | None = None,
+        *,
+        defer: bool = False,
+        rows: Tensor | slice | None = None,
+        kept: Sequence[Tensor] | None = None,
+    ) -> Tensor | tuple[Tensor, Pending | None]:
+        run: Callable[..., tuple[Tensor, Pending | None]] = self._run
+        drop, batch = None, x.shape[0]
         if self.training and self.drop_path > 0:
             # Drawn outside the checkpointed part, which therefore has no random state to keep.
             keep = 1 - self.drop_path
-            drop = (torch.rand(2, x.shape[0], device=x.device) < keep).float() / keep
+            if not self.skip_dropped:
+                drop = (torch.rand(2, batch, device=x.device) < keep).float() / keep
+            else:
+                kept = kept or [drawn.nonzero()[:, 0] for drawn in torch.rand(2, batch) < keep]
+                if all(len(samples) == batch for samples in kept):
+                    drop = torch.full((2, batch), 1 / keep, dtype=statistics_dtype(x.dtype), device=x.device)
+                else:
+                    mixing, expanding = (samples.to(x.device, non_blocking=True) for samples in kept)
+                    run = functools.partial(self._run_kept, mixing, expanding)
         if self.activation_checkpoint == "block" and torch.is_grad_enabled():
-            x, left = checkpoint(self._run, x, pending, drop, rows, use_reentrant=False, preserve_rng_state=False)
-        else:
-            x, left = self._run(x, pending, drop, rows)
+            # Tensors one by one, not in a tuple: so they count as saved, and saved-tensor hooks can move them.
+            run = functools.partial(checkpoint, run, use_reentrant=False, preserve_rng_state=False)
+        x, left = run(x, *(pending or (None, None, None)), drop, rows)
         return (x, left) if defer else add(x, left)
 
     def _run(
-        self, x: Tensor, pending: Pending | None, drop: Tensor | None, rows: Tensor | slice | None
+        self,
+        x: Tensor,
+        branch: Tensor | None,
+        gamma: Tensor | None,
+        branch_drop: Tensor | None,
+        drop: Tensor | None,
+        rows: Tensor | slice | None,
     ) -> tuple[Tensor, Pending]:
-        branch, gamma, branch_drop = pending or (None, None, None)
-        attn, mlp, norm = self.attn, self.mlp, self.norm1
-        x, qkv = norm_qkv(
-            x, branch, gamma, branch_drop, norm.weight, norm.bias, norm.eps, attn.qkv.weight, attn.q_bias, attn.v_bias
-        )
-        mixed = attn(qkv)
+        x, mixed = self._mix(x, branch, gamma, branch_drop)
         if rows is not None:
             x, mixed = take_rows(x, rows), take_rows(mixed, rows)
         drop_1, drop_2 = (None, None) if drop is None else (drop[0], drop[1])
-        norm = self.norm2
-        arguments = (
-            x,
-            attn.proj(mixed),
-            self.gamma_1,
-            drop_1,
-            norm.weight,
-            norm.bias,
-            norm.eps,
-            mlp.fc1.weight,
-            mlp.fc1.bias,
-            mlp.fc2.weight,
-            mlp.fc2.bias,
-        )
-        if self.activation_checkpoint == "mlp" and torch.is_grad_enabled():
-            x, out = checkpoint(norm_mlp, *arguments, use_reentrant=False, preserve_rng_state=False)
-        else:
-            x, out = norm_mlp(*arguments)
+        x, out = self._expand(x, self.attn.proj(mixed), self.gamma_1, drop_1)
         return x, Pending(out, self.gamma_2, drop_2)
+
+    def _run_kept(
+        self,
+        mixing: Tensor,
+        expanding: Tensor,
+        x: Tensor,
+        branch: Tensor | None,
+        gamma: Tensor | None,
+        branch_drop: Tensor | None,
+        drop: None,
+        rows: Tensor | slice | None,
+    ) -> tuple[Tensor, None]:
+        """`_run` with each branch on its own samples alone; they are added at once, so nothing is pending."""
+        if branch is not None:
+            x = add(x, Pending(branch, gamma, branch_drop))
+        whole, keep = x, 1 - self.drop_path
+        if rows is not None:
+            x = take_rows(x, rows)
+        # A branch that nobody runs is still run, on nothing: its parameters get a gradient of 0, as by multiplication.
+        mixed = self._mix(whole.index_select(0, mixing))[1]
+        if rows is not None:
+            mixed = take_rows(mixed, rows if isinstance(rows, slice) else rows.index_select(0, mixing))
+        x = add_kept(x, mixing, self.attn.proj(mixed), self.gamma_1, keep)
+        return add_kept(x, expanding, self._expand(x.index_select(0, expanding))[1], self.gamma_2, keep), None
+
+    def _mix(
+        self, x: Tensor, branch: Tensor | None = None, gamma: Tensor | None = None, drop: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The stream with `branch` added, and what attention makes of it, before `proj`."""
+        norm, attn = self.norm1, self.attn
+        x, qkv = norm_qkv(
+            x, branch, gamma, drop, norm.weight, norm.bias, norm.eps, attn.qkv.weight, attn.q_bias, attn.v_bias
+        )
+        return x, attn(qkv)
+
+    def _expand(
+        self, x: Tensor, branch: Tensor | None = None, gamma: Tensor | None = None, drop: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The stream with `branch` added, and what the MLP makes of it."""
+        norm, fc1, fc2 = self.norm2, self.mlp.fc1, self.mlp.fc2
+        run = norm_mlp
+        if self.activation_checkpoint == "mlp" and torch.is_grad_enabled():
+            run = functools.partial(checkpoint, norm_mlp, use_reentrant=False, preserve_rng_state=False)
+        x, out = run(
+            x, branch, gamma, drop, norm.weight, norm.bias, norm.eps, fc1.weight, fc1.bias, fc2.weight, fc2.bias
+        )
+        return x, out
 
 
 def take_rows(x: Tensor, rows: Tensor | slice) -> Tensor:
@@ -209,8 +266,10 @@ def take_rows(x: Tensor, rows: Tensor | slice) -> Tensor:
     return x.gather(1, rows.long().unsqueeze(-1).expand(-1, -1, x.shape[-1]))
 
 
-def add(x: Tensor, pending: Pending) -> Tensor:
+def add(x: Tensor, pending: Pending | None) -> Tensor:
     """x + gamma * drop * branch, in x's dtype."""
+    if pending is None:
+        return x
     branch = pending.branch
     if pending.gamma is not None:
         branch = branch * pending.gamma
@@ -219,9 +278,17 @@ def add(x: Tensor, pending: Pending) -> Tensor:
     return x + branch.to(x.dtype)
 
 
-def fold(x: Tensor, pending: Pending, norm: nn.LayerNorm) -> Tensor:
+def add_kept(x: Tensor, samples: Tensor, branch: Tensor, gamma: Tensor | None, keep: float) -> Tensor:
+    """x with gamma / keep * branch added to its `samples` [K]; branch [K, N, D]."""
+    if gamma is not None:
+        branch = branch * gamma
+    return x.index_add(0, samples, branch.to(x.dtype), alpha=1 / keep)
+
+
+def fold(x: Tensor, pending: Pending | None, norm: nn.LayerNorm) -> Tensor:
     """LN(x + gamma * drop * branch): what the norm behind the last block gives."""
-    return residual_norm(x, *pending, norm.weight, norm.bias, norm.eps)[1]
+    branch, gamma, drop = pending or (None, None, None)
+    return residual_norm(x, branch, gamma, drop, norm.weight, norm.bias, norm.eps)[1]
 
 
 def make_blocks(spec: StackSpec, config: ModelConfig) -> nn.ModuleList:
@@ -235,6 +302,7 @@ def make_blocks(spec: StackSpec, config: ModelConfig) -> nn.ModuleList:
             norm_eps=config.norm_eps,
             layer_scale=config.layer_scale,
             drop_path=config.drop_path * i / max(spec.depth - 1, 1),
+            skip_dropped=config.drop_path_skip,
             cosine_attention=config.cosine_attention,
             activation_checkpoint=config.activation_checkpoint,
             initial=False,
@@ -256,13 +324,17 @@ def set_norm_eps(model: Any, output_norm: nn.Module | None, norm_eps: float, out
             part.eps = output if part is output_norm and output is not None else norm_eps
 
 
-def stack(blocks: Iterable[nn.Module], x: Tensor, rows: Tensor | slice | None = None) -> tuple[Tensor, Pending]:
-    """Run the blocks on tokens x [B, N, D]; the last one keeps only `rows`. Returns the stream and what is pending."""
+def stack(
+    blocks: Iterable[nn.Module], x: Tensor, rows: Tensor | slice | None = None, kept: Sequence[Tensor] | None = None
+) -> tuple[Tensor, Pending | None]:
+    """Run the blocks on tokens x [B, N, D]; the last one keeps only `rows`. `kept`: the samples that run each branch, two
+    branches a block, for blocks that skip dropped ones. Returns the stream and what is pending."""
     blocks = list(blocks)
     pending = None
-    for block in blocks[:-1]:
-        x, pending = block(x, pending, defer=True)
-    return blocks[-1](x, pending, defer=True, rows=rows)
+    for i, block in enumerate(blocks):
+        chosen = None if kept is None else kept[2 * i : 2 * i + 2]
+        x, pending = block(x, pending, defer=True, rows=rows if i == len(blocks) - 1 else None, kept=chosen)
+    return x, pending
 
 
 def truncated_normal(tensor: Tensor) -> Tensor:

@@ -9,11 +9,10 @@ of these is in the `LoadReport`. Anything else is a surprise and raises before a
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -25,13 +24,14 @@ from torch import Tensor, nn
 
 from ..config import to_dict
 from .classify import VisionTransformer
+from .detect import Detector
 from .formats import Checkpoint, read_checkpoint
+from .kinetics import MERGED, PARTS, label_map
 from .positions import resize_table
 from .pretrain import PretrainViT
 from .sizes import NATIVE_FRAMES
 
 PRETRAIN_ONLY = ("decoder.", "mask_token", "encoder_to_decoder.")
-KINETICS = (400, 600, 700)
 Model = PretrainViT | VisionTransformer
 
 
@@ -113,20 +113,28 @@ def _plan(model: Model, checkpoint: Checkpoint, head: Any, checkpoint_grid: tupl
     if isinstance(model, VisionTransformer):
         pretrained = any(key.startswith((*PRETRAIN_ONLY, "encoder.")) for key in state)
         state = {key.removeprefix("encoder."): item for key, item in state.items()}
-        unused = (*PRETRAIN_ONLY, "norm.") if pretrained and model.config.pooling == "mean" else PRETRAIN_ONLY
+        unused = (*PRETRAIN_ONLY, "norm.") if pretrained and model.config.pooling != "first" else PRETRAIN_ONLY
         for key in [k for k in state if k.startswith(unused)]:
             plan.dropped.append(state.pop(key)[0])
+        if isinstance(model, Detector) and "norm.weight" not in state:
+            _plan_norm(plan, state, wanted, model.norm_from_head)
         has_head = "head.weight" in state
         if has_head:
             _plan_head(plan, state, wanted, head)
-        allowed = ("head.", "fc_norm.") if pretrained or not has_head else ("head.",)
+        allowed = ("head.", "fc_norm.", "pool.") if pretrained or not has_head else ("head.", "pool.")
         plan.initialised += [k for k in wanted if k.startswith(allowed) and k not in state and k not in plan.values]
         if "pos_embed" in state and "pos_embed" in wanted:
             _plan_positions(plan, state, model, checkpoint, checkpoint_grid)
         elif "pos_embed" in state:
             hints.append("the checkpoint has a trained pos_embed: build the model with learnable_positions=True")
+        if model.config.pooling != "attentive" and any(key.startswith("pool.") for key in state):
+            hints.append('the checkpoint has an attentive head: build the model with pooling="attentive"')
         if ("fc_norm.weight" if model.config.pooling == "first" else "norm.weight") in state:
             hints.append(f'the checkpoint pools otherwise than pooling="{model.config.pooling}"')
+    elif model.config.decoder_outputs is not None and _other_target(state, wanted):
+        plan.dropped += [state.pop(key)[0] for key in _DECODER_HEAD]
+        plan.initialised += _DECODER_HEAD
+        plan.notes.append("decoder.head: that of another target dropped")
     elif "encoder.norm.weight" not in state and checkpoint.facts.get("hugging_face"):
         hints.append("use_mean_pooling=True leaves out the encoder's final norm; save it with use_mean_pooling=False")
     elif not any(key.startswith("decoder.") for key in state):
@@ -152,6 +160,24 @@ def _plan(model: Model, checkpoint: Checkpoint, head: Any, checkpoint_grid: tupl
     return plan
 
 
+_DECODER_HEAD = ("decoder.head.weight", "decoder.head.bias")
+
+
+def _other_target(state: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
+    return all(key in state and state[key][1].shape != wanted[key] for key in _DECODER_HEAD)
+
+
+def _plan_norm(plan: _Plan, state: dict[str, tuple[str, Tensor]], wanted: Mapping[str, Any], from_head: bool) -> None:
+    """A detector's norm of every token, out of a classifier that has one of the pooled features only."""
+    for name in ("weight", "bias"):
+        given = state.pop(f"fc_norm.{name}", None)
+        if given is not None and from_head and given[1].shape == wanted[f"norm.{name}"]:
+            plan.put(f"norm.{name}", *given)
+        else:
+            plan.dropped += [given[0]] if given is not None else []
+            plan.initialised.append(f"norm.{name}")
+
+
 def _plan_head(plan: _Plan, state: dict[str, tuple[str, Tensor]], wanted: Mapping[str, Any], head: Any) -> None:
     original, weight = state["head.weight"]
     has, wants = weight.shape[0], wanted["head.weight"][0] if "head.weight" in wanted else 0
@@ -163,7 +189,7 @@ def _plan_head(plan: _Plan, state: dict[str, tuple[str, Tensor]], wanted: Mappin
             raise ValueError(f"head: needs {wants} row numbers below {has}, got {len(rows)} in {span}")
     elif head == "auto" and has == wants:
         return
-    elif head == "auto" and has == 710 and wants in KINETICS:
+    elif head == "auto" and has == MERGED and wants in PARTS:
         rows = label_map(wants)
     for key in ("head.weight", "head.bias"):
         if key in state and rows is not None:
@@ -172,14 +198,6 @@ def _plan_head(plan: _Plan, state: dict[str, tuple[str, Tensor]], wanted: Mappin
         elif key in state:
             plan.dropped.append(state.pop(key)[0])
     plan.notes.append(f"head: {has} classes dropped" if rows is None else f"head: {has} classes converted to {wants}")
-
-
-@functools.cache
-def label_map(classes: int) -> tuple[int, ...]:
-    """For each of K400's, K600's or K700's classes, its index among K710's. Raises ValueError for another number."""
-    if classes not in KINETICS:
-        raise ValueError(f"there are K710 maps for {', '.join(map(str, KINETICS))} classes, not {classes}")
-    return tuple(json.loads((Path(__file__).parent / "label_maps" / f"k710_to_k{classes}.json").read_text()))
 
 
 def _plan_positions(
@@ -216,13 +234,16 @@ def _some(keys: Sequence[str], count: int) -> str:
     return ", ".join(keys[:count]) + (f" and {len(keys) - count} more" if len(keys) > count else "")
 
 
-def save_weights(model: nn.Module, path: str | Path, meta: Mapping[str, Any] | None = None) -> None:
+def save_weights(
+    model: nn.Module, path: str | Path, meta: Mapping[str, Any] | None = None, state: Mapping[str, Tensor] | None = None
+) -> None:
     """Write the state dict under official keys as safetensors, with the model's configuration and `meta` (JSON values) in
-    the header. Atomic: `path` holds the old content or the new, never a part. Raises OSError if it cannot be written."""
+    the header. `state`: its whole tensors, where the model itself holds slices only. Atomic: `path` holds the old content
+    or the new, never a part. Raises OSError if it cannot be written."""
     header = {"format": "pt", "meta": json.dumps(dict(meta or {}))}
     if hasattr(model, "config"):
         header["config"] = json.dumps(to_dict(model.config))
-    _write_safetensors(dict(model.state_dict()), Path(path), header)
+    _write_safetensors(dict(model.state_dict() if state is None else state), Path(path), header)
 
 
 def _write_safetensors(state: Mapping[str, Tensor], path: Path, header: dict[str, str]) -> None:
@@ -236,12 +257,13 @@ def _write_safetensors(state: Mapping[str, Tensor], path: Path, header: dict[str
         seen.add(value.data_ptr())
         tensors[key] = value
     try:
-        _replace(path, lambda temporary: save_file(tensors, temporary, header))
+        write_whole(path, lambda temporary: save_file(tensors, temporary, header))
     except SafetensorError as error:
         raise OSError(f"{path}: cannot be written: {error}") from error
 
 
-def _replace(path: Path, write: Any) -> None:
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write(temporary)` make a file that then takes the place of `path`: the old content or the new, never a part."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary)
@@ -265,7 +287,7 @@ def convert_weights(source: str | Path, target: str | Path) -> dict[str, Any]:
     if target.suffix == ".safetensors":
         _write_safetensors(checkpoint.state, target, {"format": "pt", **checkpoint.metadata})
     else:
-        _replace(target, lambda temporary: torch.save({"model": checkpoint.state}, temporary))
+        write_whole(target, lambda temporary: torch.save({"model": checkpoint.state}, temporary))
     tensors = checkpoint.state.values()
     dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors})
     return {

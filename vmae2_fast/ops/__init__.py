@@ -10,6 +10,7 @@ from .norm import norm_qkv, residual_norm
 from .patches import IMAGENET_MEAN, IMAGENET_STD, gather_patches, scatter_patches
 from .reconstruction import patch_statistics, reconstruction_loss
 from .resize import Window, resize_crop, resize_crop_packed
+from .roi_align import roi_align, roi_align_max
 
 __all__ = [
     "IMAGENET_MEAN",
@@ -31,5 +32,7 @@ __all__ = [
     "residual_norm",
     "resize_crop",
     "resize_crop_packed",
+    "roi_align",
+    "roi_align_max",
     "scatter_patches",
 ]

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import backend
-from ._register import check
+from ._register import check, kernel
 
 STREAM = "Tensor x, Tensor? branch, Tensor? gamma, Tensor? drop, Tensor norm_weight, Tensor norm_bias, float eps"
 STREAM_BACKWARD = (
@@ -82,26 +82,31 @@ def branch_scale(gamma: Tensor | None, drop: Tensor | None) -> Tensor | None:
     return rows if gamma is None else rows * gamma
 
 
-def add_branch(x: Tensor, branch: Tensor | None, gamma: Tensor | None, drop: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(x_new as the op returns it, x_new): x + gamma * drop[b] * branch in x's dtype.
+def stream_forward(
+    x: Tensor,
+    branch: Tensor | None,
+    gamma: Tensor | None,
+    drop: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(x_new = x + gamma * drop[b] * branch in x's dtype, h = LayerNorm(x_new) in `dtype`, mean, rstd).
 
     Without a branch x_new is x, which an op may not return: the first is empty then.
     """
-    if branch is None:
-        return x.new_empty(0), x
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    scale = branch_scale(gamma, drop)
-    if scale is None:
-        torch.add(x, branch, out=out)
-    else:
-        torch.addcmul(x, branch, scale, out=out)
-    return out, out
-
-
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """(h, mean, rstd) over the last dimension, in fp32 (fp64 for fp64 input)."""
+    returned, x_new = x.new_empty(0), x
+    if branch is not None:
+        returned = x_new = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        scale = branch_scale(gamma, drop)
+        if scale is None:
+            torch.add(x, branch, out=x_new)
+        else:
+            torch.addcmul(x, branch, scale, out=x_new)
     kind = statistics_dtype(x.dtype)
-    return torch.native_layer_norm(x.to(kind), x.shape[-1:], weight.to(kind), bias.to(kind), eps)
+    h, mean, rstd = torch.native_layer_norm(x_new.to(kind), x.shape[-1:], weight.to(kind), bias.to(kind), eps)
+    return returned, h.to(dtype), mean, rstd
 
 
 def linear(rows: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -159,6 +164,33 @@ def stream_backward(
     return dx.to(x.dtype), dbranch, dgamma, dweight, dbias
 
 
+class Stream(NamedTuple):
+    """Residual stream and LayerNorm of one backend: what the half-blocks put around their GEMMs."""
+
+    forward: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
+    backward: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]
+
+    def norm_rows(self, x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+        """LayerNorm(x) as the forward computed it, as rows [B * N, C]: nothing of it was kept."""
+        return self.forward(x, None, None, None, weight, bias, eps, dtype)[1].view(-1, x.shape[2])
+
+
+STREAMS = {
+    "reference": Stream(stream_forward, stream_backward),
+    "triton": Stream(kernel("_norm_triton", "forward"), kernel("_norm_triton", "backward")),
+}
+
+
+def choose(op: str, x: Tensor, norm_weight: Tensor) -> str:
+    """The backend of a half-block for this input."""
+    return backend.pick(op, x.device, x.dtype, norm_weight.dtype)
+
+
+def body(op: str) -> Callable[..., Any]:
+    """The opaque body of a half-block, whose arguments begin with those of `STREAM`."""
+    return opaque(lambda *args: backend.run(op, choose(op, args[0], args[4]), *args))
+
+
 def fake_stream(x: Tensor, branch: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """x_new, mean and rstd of a fake half-block."""
     b, n, c = x.shape
@@ -195,7 +227,7 @@ def save_stream(ctx: Any, op: str, inputs: tuple[Any, ...], output: tuple[Tensor
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[2:], *([x_new] if branch is None else []))
     ctx.branch_dtype = None if branch is None else branch.dtype
-    ctx.backend = backend.pick(op, x.device)
+    ctx.backend = choose(op, x, weight)
     ctx.save_for_backward(
         x if branch is None else x_new, mean, rstd, branch if gamma is not None else None, gamma, drop, weight, bias, *more
     )

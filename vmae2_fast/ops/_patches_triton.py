@@ -14,6 +14,7 @@ scatter leaves the row out. Two rows for one token: on the CPU a ValueError; on 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -157,7 +158,7 @@ def _scatter_kernel(
     tl.store(clip_ptr + corner + _channels_first(j, channel_stride, frame_stride, line_stride, DEPTH, PATCH), value, mask=use)
 
 
-def tiles(clip: Tensor, patch: int, tubelet: int) -> dict[str, int]:
+def tiles(clip: Tensor, patch: int, tubelet: int) -> dict[str, Any]:
     """Constants of `load_tile` for a uint8 clip, and how many tiles of lines a token takes."""
     line_bytes = clip.shape[3] * clip.shape[4]
     aligned = line_bytes % 16 == 0 and clip.data_ptr() % 16 == 0
@@ -202,7 +203,7 @@ def gather(
     rows = operand(
         clip.new_empty((*index.shape, c * tubelet * patch * patch), dtype=dtype), _native.FLOATS, "gather_patches: rows"
     )
-    geometry = {"PIXEL_ORDER": order == "pixel", "DEPTH": tubelet, "PATCH": patch, "PIXEL": c}
+    geometry: dict[str, Any] = {"PIXEL_ORDER": order == "pixel", "DEPTH": tubelet, "PATCH": patch, "PIXEL": c}
     arguments = count, tokens, height, width, *clip_strides(clip)
     if clip.dtype == torch.uint8:
         constants = tiles(clip, patch, tubelet)

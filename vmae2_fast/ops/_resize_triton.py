@@ -6,14 +6,13 @@ share their source pixels through the cache, and nothing is kept between rows.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from . import _native
+from ._triton_launch import Configuration
 from .resize import tap_count
 
 BLOCK = 512
@@ -96,14 +95,14 @@ def resize_crop(buffer: Tensor, table: Tensor, out: Tensor, threads: int) -> Non
         )  # fmt: skip
 
 
-def aot_configurations() -> list[tuple[str, Any, dict[str, str], dict[str, Any], int, int]]:
-    """Name, kernel, signature, constants, warps and stages: every channel count, and the wide sums for three."""
+def aot_configurations() -> list[Configuration]:
+    """Every channel count, and the wide sums for three."""
     sizes = dict.fromkeys(("frames", "height", "width"), "i32:16") | {"tiles": "i32"}
     constants = dict.fromkeys(("CHANNELS", "WIDE", "BLOCK"), "constexpr")
     signature = {"buffer_ptr": "*u8", "table_ptr": "*i64", "out_ptr": "*u8", **sizes, **constants}
-    found = []
+    found: list[Configuration] = []
     for channels, wide in ((1, False), (2, False), (3, False), (4, False), (3, True)):
         name = f"resize_crop {channels} channels{' wide' if wide else ''}"
         constexprs = {"CHANNELS": channels, "WIDE": wide, "BLOCK": BLOCK}
-        found.append((name, _resize_crop_kernel, signature, constexprs, WARPS, 1))
+        found.append(Configuration(name, _resize_crop_kernel, signature, constexprs, WARPS, 1, {}))
     return found

@@ -1,6 +1,7 @@
 """What all Triton kernels share: checked operands, launches on the right device, casts, and a record of what is launched.
 
-Floating point fusion is off in every launch: `x*a + b` rounds twice, as in torch, and has the same bits on every backend.
+Floating point fusion is off unless a launch asks for it: `x*a + b` rounds twice, as in torch, and has the same bits on every
+backend.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ from torch import Tensor
 from . import _native
 
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
-OPTIONS = {"num_stages": 1, "enable_fp_fusion": False}  # of all launches; no kernel has a loop worth pipelining
 
 
 @triton.jit
@@ -46,18 +46,25 @@ class Launch(NamedTuple):
     arguments: tuple[Any, ...]
     constants: dict[str, Any]
     warps: int
+    stages: int
+    fused: bool
 
 
 _record: list[Launch] | None = None
 
 
-def launch(kernel: Any, programs: int, *arguments: Any, warps: int = 4, **constants: Any) -> None:
-    """Run `programs` instances of `kernel` on the current stream of the device of its tensors; none is no launch."""
+def launch(
+    kernel: Any, programs: int, *arguments: Any, warps: int = 4, stages: int = 1, fused: bool = False, **constants: Any
+) -> None:
+    """Run `programs` instances of `kernel` on the current stream of the device of its tensors; none is no launch.
+
+    `stages`: of a pipelined loop. `fused`: let the compiler round a multiply-add once.
+    """
     if _record is not None:
-        _record.append(Launch(kernel, arguments, constants, warps))
+        _record.append(Launch(kernel, arguments, constants, warps, stages, fused))
     elif programs:
         with torch.cuda.device_of(next(a for a in arguments if isinstance(a, Tensor))):
-            kernel[(programs,)](*arguments, **constants, num_warps=warps, **OPTIONS)
+            kernel[(programs,)](*arguments, **constants, num_warps=warps, num_stages=stages, enable_fp_fusion=fused)
 
 
 def operand(tensor: Tensor, dtypes: tuple[torch.dtype, ...], name: str) -> Tensor:
@@ -86,16 +93,20 @@ class Configuration(NamedTuple):
     constexprs: dict[str, Any]
     num_warps: int
     num_stages: int
-    options: dict[str, Any] = {}  # noqa: RUF012
+    options: dict[str, Any]
+    archs: tuple[int, ...] = ()
+    """The architectures that launch it (90 for compute capability 9.0); all if empty."""
 
 
-def configurations(name: str, call: Callable[..., Any], *arguments: Any) -> list[Configuration]:
-    """The configurations of all kernels that `call(*arguments)` launches. Nothing runs; tensors are on the CPU."""
+def configurations(
+    name: str, call: Callable[..., Any], *arguments: Any, archs: tuple[int, ...] = ()
+) -> list[Configuration]:
+    """The configurations of all kernels that `call(*arguments)` launches on `archs`. Nothing runs; tensors are on the CPU."""
     with _recorded() as launches:
         call(*arguments)
     kernels = [item.kernel.__name__.strip("_") for item in launches]
     names = [k if kernels.count(k) == 1 else f"{k} {1 + kernels[:i].count(k)}" for i, k in enumerate(kernels)]
-    return [_configuration(f"{name}/{n}", item) for n, item in zip(names, launches)]
+    return [_configuration(f"{name}/{n}", item)._replace(archs=archs) for n, item in zip(names, launches)]
 
 
 @contextlib.contextmanager
@@ -117,8 +128,8 @@ def _configuration(name: str, item: Launch) -> Configuration:
             constexprs[parameter.name] = value
         signature[parameter.name] = kind
     signature |= dict.fromkeys(item.constants, "constexpr")
-    options = {k: v for k, v in OPTIONS.items() if k != "num_stages"}
-    return Configuration(name, item.kernel, signature, constexprs, item.warps, int(OPTIONS["num_stages"]), options)
+    options = {"enable_fp_fusion": item.fused}
+    return Configuration(name, item.kernel, signature, constexprs, item.warps, item.stages, options)
 
 
 _POINTERS = {

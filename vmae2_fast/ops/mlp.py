@@ -9,18 +9,19 @@ Dtypes and what is saved are those of `norm_qkv`, and the pre-activation u; Laye
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from .. import backend
 from . import _half_block as hb
-from ._register import define
+from ._register import define, register_backends
 
 
-def _norm_mlp_reference(
+def _norm_mlp_forward(
+    stream: hb.Stream,
     x: Tensor,
     branch: Tensor | None,
     gamma: Tensor | None,
@@ -34,15 +35,16 @@ def _norm_mlp_reference(
     fc2_bias: Tensor | None,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    returned, x_new = hb.add_branch(x, branch, gamma, drop)
-    h, mean, rstd = hb.layer_norm(x_new, norm_weight, norm_bias, eps)
+    returned, h, mean, rstd = stream.forward(x, branch, gamma, drop, norm_weight, norm_bias, eps, dtype)
     b, n, c = x.shape
     u = hb.linear(h.view(-1, c), fc1_weight, fc1_bias, dtype)
+    del h
     out = hb.linear(torch.nn.functional.gelu(u), fc2_weight, fc2_bias, dtype)
-    return returned, out.view(b, n, -1), mean, rstd, u.view(b, n, -1)
+    return returned, out.view(b, n, out.shape[1]), mean, rstd, u.view(b, n, u.shape[1])
 
 
-def _norm_mlp_backward_reference(
+def _norm_mlp_gradients(
+    stream: hb.Stream,
     grad_x: Tensor | None,
     grad_out: Tensor,
     x: Tensor,
@@ -62,27 +64,27 @@ def _norm_mlp_backward_reference(
     fc2_bias: Tensor | None,
     pre_activation: Tensor,
 ) -> tuple[Tensor, ...]:
-    c, o = x.shape[2], fc2_weight.shape[0]
-    grad = grad_out.reshape(-1, o)
+    grad = grad_out.reshape(-1, fc2_weight.shape[0])
     u = pre_activation.reshape(-1, fc2_weight.shape[1])
     dfc2 = hb.weight_grad(grad, torch.nn.functional.gelu(u), fc2_weight, True) if needs[5] else x.new_empty(0)
     dfc2_bias = hb.bias_grad(grad, fc2_bias, needs[6])
     du = torch.ops.aten.gelu_backward.default(torch.mm(grad, fc2_weight.to(grad.dtype)), u)
     if needs[3]:
-        dfc1 = hb.weight_grad(du, hb.layer_norm(x, norm_weight, norm_bias, eps)[0].view(-1, c), fc1_weight, True)
+        dfc1 = hb.weight_grad(du, stream.norm_rows(x, norm_weight, norm_bias, eps, du.dtype), fc1_weight, True)
     else:
         dfc1 = x.new_empty(0)
     dfc1_bias = hb.bias_grad(du, fc1_bias, needs[4])
     grad_h = torch.mm(du, fc1_weight.to(du.dtype)).view(x.shape)
     del du
-    stream = hb.stream_backward(
+    grads = stream.backward(
         grad_x, grad_h, x, mean, rstd, branch, gamma, drop, norm_weight, norm_bias, branch_dtype, needs
     )
-    return *stream, dfc1, dfc1_bias, dfc2, dfc2_bias
+    return *grads, dfc1, dfc1_bias, dfc2, dfc2_bias
 
 
-NORM_MLP_BACKWARD = {"reference": _norm_mlp_backward_reference}
-backend.register_op("norm_mlp", {"reference": backend.Implementation(_norm_mlp_reference)}, {"*": ("reference",)})
+_forward = {name: functools.partial(_norm_mlp_forward, stream) for name, stream in hb.STREAMS.items()}
+NORM_MLP_BACKWARD = {name: functools.partial(_norm_mlp_gradients, stream) for name, stream in hb.STREAMS.items()}
+register_backends("norm_mlp", _forward["reference"], triton=_forward["triton"])
 
 
 def _fake_norm_mlp(
@@ -145,7 +147,7 @@ def _norm_mlp_autograd(ctx: Any, grad_x: Tensor | None, grad_out: Tensor | None,
 _WEIGHTS = "Tensor fc1_weight, Tensor? fc1_bias, Tensor fc2_weight, Tensor? fc2_bias"
 _norm_mlp = define(
     f"norm_mlp({hb.STREAM}, {_WEIGHTS}, ScalarType dtype) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    hb.opaque(lambda x, *rest: backend.run("norm_mlp", backend.pick("norm_mlp", x.device), x, *rest)),
+    hb.body("norm_mlp"),
     _fake_norm_mlp,
     backward=_norm_mlp_autograd,
     setup_context=_save_norm_mlp,

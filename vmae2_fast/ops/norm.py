@@ -11,33 +11,19 @@ in the autocast dtype, or in the weight's when autocast is off. Saved for backwa
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from .. import backend
 from . import _half_block as hb
-from ._register import check, define
+from ._register import check, define, register_backends
 
 
-def _residual_norm_reference(
-    x: Tensor,
-    branch: Tensor | None,
-    gamma: Tensor | None,
-    drop: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    returned, x_new = hb.add_branch(x, branch, gamma, drop)
-    h, mean, rstd = hb.layer_norm(x_new, weight, bias, eps)
-    return returned, h.to(dtype), mean, rstd
-
-
-def _norm_qkv_reference(
+def _norm_qkv_forward(
+    stream: hb.Stream,
     x: Tensor,
     branch: Tensor | None,
     gamma: Tensor | None,
@@ -50,14 +36,14 @@ def _norm_qkv_reference(
     v_bias: Tensor | None,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    returned, x_new = hb.add_branch(x, branch, gamma, drop)
-    h, mean, rstd = hb.layer_norm(x_new, norm_weight, norm_bias, eps)
+    returned, h, mean, rstd = stream.forward(x, branch, gamma, drop, norm_weight, norm_bias, eps, dtype)
     b, n, c = x.shape
     bias = None if q_bias is None or v_bias is None else torch.cat((q_bias, torch.zeros_like(q_bias), v_bias))
     return returned, hb.linear(h.view(-1, c), qkv_weight, bias, dtype).view(b, n, 3 * c), mean, rstd
 
 
-def _norm_qkv_backward_reference(
+def _norm_qkv_gradients(
+    stream: hb.Stream,
     grad_x: Tensor | None,
     grad_qkv: Tensor,
     x: Tensor,
@@ -78,22 +64,23 @@ def _norm_qkv_backward_reference(
     c = x.shape[2]
     grad = grad_qkv.reshape(-1, 3 * c)
     if needs[3]:
-        h = hb.layer_norm(x, norm_weight, norm_bias, eps)[0].view(-1, c)
+        h = stream.norm_rows(x, norm_weight, norm_bias, eps, grad.dtype)
         dweight = hb.weight_grad(grad, h, qkv_weight, True)
         del h
     else:
         dweight = x.new_empty(0)
     grad_h = torch.mm(grad, qkv_weight.to(grad.dtype)).view(x.shape)
-    stream = hb.stream_backward(
+    grads = stream.backward(
         grad_x, grad_h, x, mean, rstd, branch, gamma, drop, norm_weight, norm_bias, branch_dtype, needs
     )
-    return *stream, dweight, hb.bias_grad(grad[:, :c], q_bias, needs[4]), hb.bias_grad(grad[:, 2 * c :], v_bias, needs[5])
+    return *grads, dweight, hb.bias_grad(grad[:, :c], q_bias, needs[4]), hb.bias_grad(grad[:, 2 * c :], v_bias, needs[5])
 
 
-RESIDUAL_NORM_BACKWARD = {"reference": hb.stream_backward}
-NORM_QKV_BACKWARD = {"reference": _norm_qkv_backward_reference}
-backend.register_op("residual_norm", {"reference": backend.Implementation(_residual_norm_reference)}, {"*": ("reference",)})
-backend.register_op("norm_qkv", {"reference": backend.Implementation(_norm_qkv_reference)}, {"*": ("reference",)})
+_forward = {name: functools.partial(_norm_qkv_forward, stream) for name, stream in hb.STREAMS.items()}
+RESIDUAL_NORM_BACKWARD = {name: stream.backward for name, stream in hb.STREAMS.items()}
+NORM_QKV_BACKWARD = {name: functools.partial(_norm_qkv_gradients, stream) for name, stream in hb.STREAMS.items()}
+register_backends("residual_norm", hb.STREAMS["reference"].forward, triton=hb.STREAMS["triton"].forward)
+register_backends("norm_qkv", _forward["reference"], triton=_forward["triton"])
 
 
 def _fake_residual_norm(
@@ -174,7 +161,7 @@ def _norm_qkv_autograd(ctx: Any, grad_x: Tensor | None, grad_qkv: Tensor | None,
 _STREAM_GRADS = "Tensor, Tensor, Tensor, Tensor, Tensor"
 _residual_norm = define(
     f"residual_norm({hb.STREAM}, ScalarType dtype) -> (Tensor, Tensor, Tensor, Tensor)",
-    hb.opaque(lambda x, *rest: backend.run("residual_norm", backend.pick("residual_norm", x.device), x, *rest)),
+    hb.body("residual_norm"),
     _fake_residual_norm,
     backward=_residual_norm_autograd,
     setup_context=lambda ctx, inputs, output: hb.save_stream(ctx, "residual_norm", inputs, output),
@@ -187,7 +174,7 @@ _residual_norm_backward = define(
 _norm_qkv = define(
     f"norm_qkv({hb.STREAM}, Tensor qkv_weight, Tensor? q_bias, Tensor? v_bias, ScalarType dtype) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
-    hb.opaque(lambda x, *rest: backend.run("norm_qkv", backend.pick("norm_qkv", x.device), x, *rest)),
+    hb.body("norm_qkv"),
     _fake_norm_qkv,
     backward=_norm_qkv_autograd,
     setup_context=_save_norm_qkv,

@@ -13,16 +13,17 @@ import torch
 from torch import Tensor
 
 from ..config import RunConfig
-from ..data.loader import Batch, EvaluationLoader, VideoViews
-from ..data.manifest import Source
+from ..data.evaluation_loader import EvaluationLoader, VideoViews
+from ..data.loader import Batch, VideoLoader
+from ..data.manifest import Source, open_sources
 from ..models import PretrainViT, VisionTransformer
 
 Config = TypeVar("Config", bound=RunConfig)
 
 
 @functools.cache
-def autocast_dtype(precision: str, device_type: str) -> torch.dtype | None:
-    """Autocast dtype of `TrainConfig.precision` on a device type, None for full precision.
+def autocast_dtype(precision: str, device_type: str, key: str = "train.precision") -> torch.dtype | None:
+    """Autocast dtype of a precision on a device type, None for full precision. key: where the precision was set.
 
     A CPU without bfloat16 instructions emulates them at a fraction of the speed of float32: there float32 is used
     instead, and stderr says so once. Raises ValueError for a GPU without bfloat16.
@@ -30,9 +31,9 @@ def autocast_dtype(precision: str, device_type: str) -> torch.dtype | None:
     if precision == "float32":
         return None
     if device_type == "cuda" and not torch.cuda.is_bf16_supported():
-        raise ValueError("train.precision=bfloat16: this GPU has no bfloat16; set train.precision=float32")
+        raise ValueError(f"{key}=bfloat16: this GPU has no bfloat16; set {key}=float32")
     if device_type == "cpu" and not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
-        print("train.precision=bfloat16: this CPU has no bfloat16 instructions; training in float32", file=sys.stderr)
+        print(f"{key}=bfloat16: this CPU has no bfloat16 instructions; computing in float32", file=sys.stderr)
         return None
     return torch.bfloat16
 
@@ -41,6 +42,8 @@ class Task(Generic[Config]):
     """One training task. Subclasses set `model` and define `loss`, `static_count` or `count`, and `evaluate`."""
 
     model: PretrainViT | VisionTransformer
+    best_by: str | None = None
+    """Metric of `evaluate` whose best weights a run keeps beside the last ones (`best.safetensors`)."""
 
     def __init__(self, config: Config, device: torch.device | str = "cpu") -> None:
         self.config = config
@@ -55,8 +58,33 @@ class Task(Generic[Config]):
         """Whether the loss reads labels, so that every clip must have one."""
         return False
 
+    def training_loader(
+        self, clips_per_batch: int, quarantine: str | os.PathLike[str] | None = None, *, rank: int = 0, world: int = 1
+    ) -> VideoLoader:
+        """Batches of `config.data`, `clips_per_batch` decodes each, of rank `rank` among `world`."""
+        config = self.config
+        return VideoLoader(
+            config.data, frames=config.model.frames, size=config.model.size, seed=config.seed, quarantine=quarantine,
+            clips_per_batch=clips_per_batch, rank=rank, world=world,
+        )  # fmt: skip
+
+    def class_names(self) -> tuple[str, ...] | None:
+        """Names of the model's classes, where the sources of its training or validation data agree on them."""
+        for data in filter(None, (self.config.data, self.config.validation)):
+            names = {source.label_names for source in open_sources(data)}
+            (first, *others) = names or {None}
+            if first and not others and len(first) == self.config.model.num_classes:
+                return first
+        return None
+
+    def check_validation(self) -> None:
+        """Raises ValueError for validation data that cannot be used, before anything is trained."""
+        if self.config.validation is not None:
+            self.check_labels(open_sources(self.config.validation))
+
     def check_labels(self, sources: Iterable[Source]) -> None:
-        """Raises ValueError naming the first clip whose label is missing or out of range, before anything is trained."""
+        """Raises ValueError naming the first clip whose label is missing or out of range, or a source with another number of
+        classes than the model, before anything is trained."""
         if not self.needs_labels():
             return
         classes = self.config.model.num_classes
@@ -64,6 +92,10 @@ class Task(Generic[Config]):
             labels = source.manifest.labels
             for index in ((labels < 0) | (labels >= classes)).nonzero()[0][:1]:
                 class_labels(torch.tensor(labels[index : index + 1]), [source.path(source.manifest[int(index)])], classes)
+            if source.classes is not None and source.classes != classes:
+                raise ValueError(
+                    f"{self.config.name}: source {source.name} has {source.classes} classes, model.num_classes is {classes}"
+                )
 
     def static_count(self, clips: int) -> float | None:
         """What the loss sum of `clips` clips is divided by, or None where it depends on the batch (see `count`)."""

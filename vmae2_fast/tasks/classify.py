@@ -1,4 +1,4 @@
-"""Classification: post-pre-training and fine-tuning with label smoothing, multi-view test."""
+"""Classification: post-pre-training and fine-tuning with mixup, cutmix and label smoothing, multi-view test."""
 
 from __future__ import annotations
 
@@ -11,28 +11,37 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import ClassifyConfig, ModelConfig
-from ..data.loader import Batch, VideoViews
+from ..data.augment import mix_clips, mix_targets, plan_mix, smooth_targets
+from ..data.evaluation_loader import VideoViews
+from ..data.loader import Batch
 from ..models import VisionTransformer, build_model
 from .base import Task, ViewBatch, class_labels, view_batches
 from .metrics.classification import View, classification_metrics, merge_views
 
 
 class ClassifyTask(Task[ClassifyConfig]):
-    """Cross-entropy with label smoothing over `model.num_classes` classes."""
+    """Cross-entropy with the (mixed, smoothed) targets over `model.num_classes` classes."""
 
     def __init__(self, config: ClassifyConfig, device: torch.device | str = "cpu") -> None:
         super().__init__(config, device)
         self.model = build_classifier(config.model, config.name).to(self.device)
+        if config.frozen:
+            self.model.freeze_trunk()
 
     def needs_labels(self) -> bool:
         return True
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
-        label = class_labels(batch.label, batch.paths, self.config.model.num_classes).to(self.device, non_blocking=True)
+        config, classes = self.config, self.config.model.num_classes
+        label = class_labels(batch.label, batch.paths, classes).to(self.device, non_blocking=True)
+        mix = plan_mix(config.mix, batch.position, config.model.size, config.seed)
+        clip = mix_clips(batch.clip.to(self.device, non_blocking=True), mix)
+        target = mix_targets(smooth_targets(label, classes, config.label_smoothing), mix)
         with self.autocast():
-            logits = self.model(batch.clip.to(self.device, non_blocking=True)).float()
-        total = F.cross_entropy(logits, label, label_smoothing=self.config.label_smoothing, reduction="sum")
-        return {"loss_sum": total, "top1": (logits.detach().argmax(-1) == label).sum()}
+            logits = self.model(clip, kept_branches(self, batch)).float()
+        total = F.cross_entropy(logits, target, reduction="sum")
+        # of mixed clips: how often the larger share was named
+        return {"loss_sum": total, "top1": (logits.detach().argmax(-1) == target.argmax(-1)).sum()}
 
     @torch.no_grad()
     def evaluate(self, views: Iterable[VideoViews], *, shuffled: bool = False) -> dict[str, Any]:
@@ -48,14 +57,22 @@ class ClassifyTask(Task[ClassifyConfig]):
         return classification_metrics(result.scores, result.labels)
 
 
-def build_classifier(config: ModelConfig, run: str) -> VisionTransformer:
-    """The classification model of `config`. Raises ValueError when it has no head, or is a pre-training model."""
-    if config.num_classes < 1:
+def build_classifier(config: ModelConfig, run: str, *, head: bool = True) -> VisionTransformer:
+    """The classification model of `config`. Raises ValueError when it has no `head`, or is a pre-training model."""
+    if head and config.num_classes < 1:
         raise ValueError(f"{run}: set num_classes of {config.name} to the number of classes, got {config.num_classes}")
     model = build_model(config)
     if not isinstance(model, VisionTransformer):
         raise ValueError(f"{run}: classification needs a vit_* model, got model.name={config.name}")
     return model
+
+
+def kept_branches(task: Task[Any], batch: Batch) -> list[Tensor] | None:
+    """The samples that run each branch of `task.model`, where its drop path skips the others."""
+    if not task.config.model.drop_path_skip:
+        return None
+    model: VisionTransformer = task.model  # type: ignore[assignment]
+    return model.draw_kept(batch.position, batch.view, task.config.seed)
 
 
 def logits_of(task: Task[Any], model: nn.Module, clip: Tensor) -> np.ndarray:

@@ -2,13 +2,14 @@
 
     model.safetensors      parameters under the official names
     optimizer.safetensors  AdamW moments and step counts
-    rng.safetensors        torch generator states (drop path, dropout)
+    rng.safetensors        torch generator states (drop path, dropout) of every rank
     state.json             step, data position, counters
     manifest.json          size and SHA-256 of the files above
     COMMITTED              SHA-256 of the manifest, written last
 
 A checkpoint is written into a temporary directory, synced to disk, and renamed into place. Loading verifies every
 hash; a damaged newest checkpoint is set aside with a message and the one before it is taken. No pickle is ever read.
+Tensors are whole whatever they were split over, so any number of ranks goes on from any checkpoint; rank 0 writes.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .optim import Optimizer
+from .parallel import World, local, slice_like
 
 TENSOR_FILES = ("model.safetensors", "optimizer.safetensors", "rng.safetensors")
 STATE, MANIFEST, COMMITTED = "state.json", "manifest.json", "COMMITTED"
@@ -81,27 +83,50 @@ def set_rng(states: dict[str, Tensor]) -> None:
             torch.cuda.set_rng_state(state, device)
 
 
-def _dense(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-
-
 def save_checkpoint(
-    root: Path, step: int, model: nn.Module, optimizer: Optimizer, state: dict[str, Any], *, keep: int = 2
+    root: Path,
+    step: int,
+    model: nn.Module,
+    optimizer: Optimizer,
+    state: dict[str, Any],
+    *,
+    keep: int = 2,
+    keep_every: int = 0,
+    world: World = World(),  # noqa: B008 (frozen)
 ) -> Path:
-    """Commit `root/step-XXXXXXXX` and delete all but the newest `keep` checkpoints.
+    """Commit `root/step-XXXXXXXX` and delete older checkpoints; all ranks call it together.
 
-    `state` holds plain JSON values. Raises CheckpointError when the disk refuses (full, read-only); checkpoints that
-    were there before are then untouched.
+    Kept are the newest `keep` and those whose step is a multiple of `keep_every`. `state` holds plain JSON values.
+    Raises CheckpointError on every rank when the disk refuses (full, read-only); checkpoints that were there before
+    are then untouched.
     """
+    rng = world.gather(rng_tensors())
+    contents = (
+        world.whole(model.state_dict()),
+        world.whole(optimizer.state_tensors()),
+        {f"{_of(rank)}{name}": value for rank, states in enumerate(rng) for name, value in states.items()},
+    )
     final = root / f"step-{step:08d}"
-    temporary: Path | None = None
+    world.on_first(lambda: _commit(final, contents, {"step": step, **state}))
+    if world.first and keep > 0:
+        for old in committed(root)[:-keep]:
+            if not keep_every or int(old.name.removeprefix("step-")) % keep_every:
+                _remove(old)
+    return final
+
+
+def _of(rank: int) -> str:
+    return f"rank{rank}." if rank else ""
+
+
+def _commit(final: Path, contents: tuple[dict[str, Tensor], ...], state: dict[str, Any]) -> None:
+    root, temporary = final.parent, None
     try:
         root.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=".tmp-", dir=root))
-        contents = (_dense(model.state_dict()), _dense(optimizer.state_tensors()), rng_tensors())
         for name, tensors in zip(TENSOR_FILES, contents):
             save_file(tensors, temporary / name)
-        (temporary / STATE).write_text(json.dumps({"step": step, **state}, indent=1))
+        (temporary / STATE).write_text(json.dumps(state, indent=1))
         files = {
             n: {"bytes": (temporary / n).stat().st_size, "sha256": sha256(temporary / n)} for n in (*TENSOR_FILES, STATE)
         }
@@ -119,9 +144,6 @@ def save_checkpoint(
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(f"cannot write checkpoint {final}: {error}; the checkpoints before it are untouched") from error
-    for old in committed(root)[:-keep] if keep > 0 else []:
-        _remove(old)
-    return final
 
 
 def _remove(directory: Path) -> None:
@@ -161,9 +183,16 @@ def verify(directory: Path) -> None:
         raise CheckpointError(f"{directory}: damaged or incomplete checkpoint: {error}") from error
 
 
-def load_checkpoint(directory: Path, model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+def load_checkpoint(
+    directory: Path,
+    model: nn.Module,
+    optimizer: Optimizer,
+    *,
+    world: World = World(),  # noqa: B008 (frozen)
+) -> dict[str, Any]:
     """Verify a checkpoint, put it into model, optimizer and torch's generators, and return its state.
 
+    Every rank reads the files and keeps its slice. A rank the checkpoint does not know keeps its generators.
     Nothing is changed unless all of it fits. Raises CheckpointError: damaged, or of another architecture.
     """
     verify(directory)
@@ -181,8 +210,13 @@ def load_checkpoint(directory: Path, model: nn.Module, optimizer: Optimizer) -> 
         optimizer.load_state_tensors(load_file(directory / "optimizer.safetensors"))
     except ValueError as error:
         raise CheckpointError(f"{directory}: {error}") from error
-    model.load_state_dict(tensors)
-    set_rng(load_file(directory / "rng.safetensors"))
+    with torch.no_grad():
+        for name, target in here.items():
+            local(target).copy_(slice_like(tensors[name], target))
+    states, prefix = load_file(directory / "rng.safetensors"), _of(world.rank)
+    mine = {n.removeprefix(prefix): t for n, t in states.items() if n.startswith(prefix) and (prefix or "." not in n)}
+    if mine:
+        set_rng(mine)
     return json.loads((directory / STATE).read_text())
 
 

@@ -15,7 +15,11 @@ is the attention itself. Biases, norms, softmax and GELU are not counted, as usu
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
+
+import torch
+from torch import nn
 
 from ..config import MaskConfig, ModelConfig
 from ..models.sizes import ModelSpec, StackSpec, resolve
@@ -43,6 +47,7 @@ def ledger(
         raise ValueError(f"views must be at least 1, got {views}")
     tokens = token_counts(spec, mask or MaskConfig())
     parameters = parameter_counts(spec, config)
+    activation = activation_bytes(spec, config, tokens, BYTES[precision])
     published, executed = (macs(spec, config, tokens, executed=flag) for flag in (False, True))
     total = parameters["total"]
     return {
@@ -58,7 +63,10 @@ def ledger(
         # Forward, then twice that for the two gradients of each product; the clip needs none.
         "flops_step": 6 * executed["total"] - 2 * executed["patch_embed"],
         "optimizer_bytes": {"parameters": 4 * total, "gradients": 4 * total, "moments": 8 * total, "total": 16 * total},
-        "activation_bytes": activation_bytes(spec, config, tokens, BYTES[precision]),
+        "activation_bytes": activation["parts"],
+        "activation_bytes_block": activation["block"],
+        "residual_dtype": config.residual_dtype,
+        "activation_checkpoint": config.activation_checkpoint,
         "precision": precision,
     }
 
@@ -83,7 +91,7 @@ def parameter_counts(spec: ModelSpec, config: ModelConfig) -> dict[str, int]:
         head = config.num_classes * (width + 1)
         return {"encoder": encoder + positions, "head": head, "total": encoder + positions + head}
     inner = spec.decoder.width
-    decoder = _stack_parameters(spec.decoder, config) + 2 * inner + spec.patch_values * (inner + 1)
+    decoder = _stack_parameters(spec.decoder, config) + 2 * inner + spec.decoder_outputs * (inner + 1)
     between = width * inner + inner  # encoder_to_decoder and the mask token
     return {"encoder": encoder, "decoder": decoder, "between": between, "total": encoder + decoder + between}
 
@@ -110,7 +118,7 @@ def macs(spec: ModelSpec, config: ModelConfig, tokens: dict[str, int], *, execut
         **_stack_macs("encoder", enc, visible, visible),
         "encoder_to_decoder": visible * enc.width * dec.width,
         **_stack_macs("decoder", dec, sequence, tokens["loss"] if executed else sequence),
-        "head": (tokens["loss"] if executed else tokens["decoded"]) * dec.width * spec.patch_values,
+        "head": (tokens["loss"] if executed else tokens["decoded"]) * dec.width * spec.decoder_outputs,
     }
     return {**out, "total": sum(out.values())}
 
@@ -123,8 +131,10 @@ def _stack_macs(part: str, stack: StackSpec, tokens: int, kept: int) -> dict[str
     return {f"{part}_linear": linear, f"{part}_attention": stack.depth * 2 * tokens * tokens * d}
 
 
-def block_activation_bytes(stack: StackSpec, *, activation: int, residual: int, layer_scale: bool,
-                           checkpoint: Literal["none", "mlp", "block"] = "none") -> tuple[int, int]:
+def block_activation_bytes(
+    stack: StackSpec, *, activation: int, residual: int, layer_scale: bool,
+    checkpoint: Literal["none", "mlp", "block"] = "none",
+) -> tuple[int, int]:  # fmt: skip
     """Bytes the attention half and the MLP half of one lean block keep for the backward, per token.
 
         residual D      in each half: the residual stream,  8  mean and 1/std of the norm, fp32
@@ -145,41 +155,81 @@ def block_activation_bytes(stack: StackSpec, *, activation: int, residual: int, 
     return attention, activation * d if checkpoint == "mlp" else shared + activation * m
 
 
-def activation_bytes(spec: ModelSpec, config: ModelConfig, tokens: dict[str, int], activation: int) -> dict[str, int]:
-    """Bytes kept between forward and backward for one clip: blocks, and the ends around them (patch rows, final norms and
-    their outputs, gradient of the predictions). Casts of weights are per step, not per clip, and are not in it."""
-    residual, policy = BYTES[config.residual_dtype], config.activation_checkpoint
+def activation_bytes(
+    spec: ModelSpec, config: ModelConfig, tokens: dict[str, int], activation: int
+) -> dict[str, dict[str, int]]:
+    """What one clip keeps between forward and backward, to the byte: {"parts": by part and in total, "block": of one encoder
+    and one decoder block}.
 
-    def stack_bytes(stack: StackSpec, count: int, kept: int) -> int:
-        """Blocks and final norm on `count` tokens, of which `kept` go on behind the last block's attention."""
+    Counted are the distinct storages that autograd saves, less parameters and buffers: blocks, and the ends around them
+    (patch rows, final norms, inputs of the heads, places of the loss tokens, drop-path scales). The pre-training loss is
+    counted with its prediction, and so is the uint8 clip it reads again; a classification loss is not, nor dropout in front
+    of the head. `activation`: bytes of a value under autocast.
+    """
+    residual, policy = BYTES[config.residual_dtype], config.activation_checkpoint
+    scaled = config.layer_scale > 0
+    block: dict[str, int] = {}
+
+    def stack_bytes(name: str, stack: StackSpec, count: int, kept: int, folded: bool = True, picked: bool = False) -> int:
+        """Blocks on `count` tokens, of which `kept` go on behind the last block's attention, copied if `picked` by an index.
+        `folded`: a norm follows, and its output is the input of the next product."""
         attention, mlp = block_activation_bytes(
-            stack, activation=activation, residual=residual, layer_scale=config.layer_scale > 0, checkpoint=policy
+            stack, activation=activation, residual=residual, layer_scale=scaled, checkpoint=policy
         )
-        blocks = stack.depth * count * (attention + mlp) - (count - kept) * mlp
+        block[name] = count * (attention + mlp)
+        total = stack.depth * count * (attention + mlp) - (count - kept) * mlp
         if policy == "block":
-            blocks -= count * activation * stack.width  # the first block has no branch to add
+            total -= count * activation * stack.width  # the first block has no branch to add
         else:
-            if kept < count:  # the attention output is kept whole for its backward, and cut for the projection
-                blocks += kept * (activation + (residual if policy == "mlp" else 0)) * stack.width
-            if config.layer_scale > 0:  # the first block has no branch to add, the final norm has one
-                blocks -= (count - kept) * activation * stack.width
-        # The norm keeps the stream and its statistics; its output is the input of the next product.
-        return blocks + kept * ((residual + activation) * stack.width + 8)
+            if picked:  # the attention output is kept whole for its backward, and the picked rows for the projection
+                total += kept * (activation + (residual if policy == "mlp" else 0)) * stack.width
+            if scaled:  # the first block has no branch to add; what adds the last one keeps it
+                total -= (count - kept) * activation * stack.width
+        if policy == "block" and scaled:
+            total += kept * activation * stack.width
+        if config.drop_path > 0:
+            total += 8 * (stack.depth - 1)  # two scales; the first block drops nothing
+        return total + (kept * ((residual + activation) * stack.width + 8) if folded else 0)
 
     enc, dec, n = spec.encoder, spec.decoder, tokens["all"]
     patch = spec.patch_values * activation
     if dec is None:
-        kept = 1 if config.pooling == "first" else n
-        out = {"embed": n * patch, "encoder": stack_bytes(enc, n, kept)}
+        first = config.pooling == "first"
+        out = {"embed": n * patch, "encoder": stack_bytes("encoder", enc, n, 1 if first else n, folded=first)}
+        if not first:  # the pooled tokens and their norm, both fp32, are the ends of it
+            out["head"] = 4 * enc.width + 8 + (4 * enc.width if config.num_classes else 0)
     else:
         visible, sequence, loss = tokens["visible"], tokens["sequence"], tokens["loss"]
         out = {
             "embed": visible * patch,
-            "encoder": stack_bytes(enc, visible, visible),
-            "decoder": stack_bytes(dec, sequence, loss),
-            "prediction": loss * patch,
+            "encoder": stack_bytes("encoder", enc, visible, visible),
+            "decoder": stack_bytes("decoder", dec, sequence, loss, picked=True) + 8 * loss,
+            # the prediction, mean and deviation of each target channel, the list of loss tokens
+            "loss": loss * (patch + 8 * spec.channels + 4),
+            "clip": spec.frames * spec.size**2 * spec.channels,
         }
-    return {**out, "total": sum(out.values())}
+    return {"parts": {**out, "total": sum(out.values())}, "block": block}
+
+
+def saved_bytes(run: Callable[[], Any], model: nn.Module) -> int:
+    """Bytes that autograd keeps of `run()` until a backward: distinct storages, less parameters and buffers of `model`.
+
+    Works on real tensors and under FakeTensorMode, where nothing is allocated.
+    """
+    own = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
+    kept: dict[int, torch.UntypedStorage] = {}  # holds the storages, so that none is freed and another found at its address
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = run()
+    total = sum(storage.nbytes() for storage in kept.values())
+    del result
+    return total
 
 
 def table(account: dict[str, Any]) -> str:
@@ -201,7 +251,10 @@ def table(account: dict[str, Any]) -> str:
     lines += [
         f"training step: {flops:.1f} GFLOP a clip (forward and backward, 2 FLOP per multiply-accumulate)",
         _row("AdamW, fp32 (MiB)", account["optimizer_bytes"], 2**20, 1),
-        _row(f"saved activations of a clip, {account['precision']} (MiB)", account["activation_bytes"], 2**20, 1),
+        f"saved activations of a clip, {account['precision']}, residual stream {account['residual_dtype']}, "
+        f"checkpoint {account['activation_checkpoint']}:",
+        _row("  of a clip (MiB)", account["activation_bytes"], 2**20, 1),
+        _row("  of a block (MiB)", account["activation_bytes_block"], 2**20, 2),
     ]
     return "\n".join(lines)
 

@@ -12,17 +12,17 @@ from tqdm import tqdm
 
 
 class MetricsLog:
-    """Append-only `metrics.jsonl`: one JSON object a line, each with at least `step`."""
+    """Append-only `metrics.jsonl`: one JSON object a line, each with at least `step`. Only rank 0's is `enabled`."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, *, enabled: bool = True) -> None:
+        self.path, self.enabled = path, enabled
 
     def cut(self, step: int, *, again: str | None = None) -> None:
         """Drop lines after `step`, and a last line that was cut off by a kill: those steps will be done again.
 
         Lines of kind `again` at `step` itself are dropped too.
         """
-        if not self.path.exists():
+        if not self.enabled or not self.path.exists():
             return
         entries = [(line, _parse(line)) for line in self.path.read_text().splitlines()]
         kept = [line for line, e in entries if e and (e["step"] < step or (e["step"] == step and e.get("kind", "") != again))]
@@ -31,6 +31,8 @@ class MetricsLog:
         os.replace(temporary, self.path)
 
     def write(self, **entry: Any) -> None:
+        if not self.enabled:
+            return
         with self.path.open("a") as file:
             file.write(json.dumps(entry) + "\n")
 
@@ -48,6 +50,7 @@ def read_metrics(path: str | Path, kind: str = "train") -> list[dict[str, Any]]:
     return [e for line in Path(path).read_text().splitlines() if (e := _parse(line)) and e.get("kind") == kind]
 
 
-def progress(name: str, total: int, done: int) -> tqdm[Any]:
+def progress(name: str, total: int, done: int, *, shown: bool = True) -> tqdm[Any]:
     """Progress bar over optimiser steps with elapsed time and ETA; silent when stderr is not a terminal."""
-    return tqdm(total=total, initial=done, desc=name, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True)
+    shown = shown and sys.stderr.isatty()
+    return tqdm(total=total, initial=done, desc=name, unit="step", disable=not shown, dynamic_ncols=True)

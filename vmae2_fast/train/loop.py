@@ -16,24 +16,27 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..config import RunConfig
-from ..data.loader import Batch, VideoLoader
-from ..data.manifest import open_sources
+from ..config import RunConfig, divisible
+from ..data.loader import Batch
 from ..models.weights import load_weights, save_weights
 from ..tasks import Task, create_task
 from .checkpoint import load_checkpoint, newest_intact, save_checkpoint
+from .execution import Eager, Graphed, compile_model
 from .log import MetricsLog, progress
 from .optim import Optimizer
+from .parallel import World, distribute, join
 from .run_directory import START_OVER, RunDirectory
+from .watchdog import Watchdog
 
-MAX_SKIPPED = 100
-"""Steps in a row that may be skipped for a non-finite loss or gradient before the run stops."""
+NOT_FINITE = 3
+"""Exit code of a run that was ended by `train.max_skipped` steps in a row without a finite loss and gradient."""
 
 
 def train(
@@ -43,25 +46,28 @@ def train(
 
     init: weights to start from, overrides `config.init`: a file, a finished run directory, or `hf:OWNER/NAME[@REV]`.
     resume: take up the newest intact checkpoint, or return at once if the run is finished; False starts over.
-    device: default the first GPU, else the CPU.
+    device: default the first GPU, else the CPU. Under torchrun or srun all ranks call this together, each on its own GPU.
 
     Summary: name, kind, device, precision, steps, epochs, clips, seconds (of training, over all sittings), clips_per_s,
     first_loss, last_loss (mean over the last `log_every` steps), skipped_steps, replaced ({path: times} of clips that
     could not be decoded), validation (metrics, or None), classes (names, or None), weights, directory.
-    Raises ValueError for bad input, SystemExit 143 / 130 after SIGTERM / SIGINT with a checkpoint saved.
+    Raises ValueError for bad input, SystemExit 143 / 138 / 130 after SIGTERM / SIGUSR1 / SIGINT on any rank with a
+    checkpoint saved, SystemExit 3 when no step is finite any more.
     """
     if init is not None:
         config = dataclasses.replace(config, init=init)
-    run = RunDirectory.open(config, resume=resume)
-    if (summary := run.summary()) is not None:
-        print(f"{config.name}: finished earlier, see {run.done}", file=sys.stderr)
+    world, device = join(device)
+    run = world.on_first(lambda: RunDirectory.open(config, resume=resume))
+    if (summary := world.on_first(run.summary)) is not None:
+        if world.first:
+            print(f"{config.name}: finished earlier, see {run.done}", file=sys.stderr)
         return summary
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     with _Interrupt() as interrupt, _threads(config.train.threads):
         try:
-            trainer = Trainer(config, run, device)
+            trainer = Trainer(config, run, device, world)
         except BaseException:
-            run.abandon()
+            if world.first:
+                run.abandon()
             raise
         trainer.fit(interrupt)
         return trainer.finish()
@@ -83,28 +89,35 @@ class Progress:
     skipped: int = 0
     skipped_in_a_row: int = 0
     replaced: dict[str, int] = dataclasses.field(default_factory=dict)
+    best: float | None = None
+    """Highest value so far of the metric the task keeps its best weights by."""
 
 
 class Trainer:
-    """Everything one run needs while it runs."""
+    """Everything one run needs while it runs, on one rank."""
 
-    def __init__(self, config: RunConfig, run: RunDirectory, device: torch.device) -> None:
-        self.config, self.run = config, run
+    def __init__(self, config: RunConfig, run: RunDirectory, device: torch.device, world: World) -> None:
+        self.config, self.run, self.world = config, run, world
         torch.manual_seed(config.seed)
         self.task: Task[Any] = create_task(config, device)  # type: ignore[arg-type]
-        checkpoint = newest_intact(run.checkpoints)
+        checkpoint = world.on_first(lambda: newest_intact(run.checkpoints))
         if config.init and checkpoint is None:
-            print(load_weights(self.task.model, config.init), file=sys.stderr)
+            report = load_weights(self.task.model, config.init)
+            if world.first:
+                print(report, file=sys.stderr)
+        if world.rank:
+            torch.manual_seed(config.seed + world.rank * 2**32)  # the model is the same on all ranks, drop path is not
         train = config.train
-        self.micro_batch = train.micro_batch or train.global_batch
+        compile_model(self.task.model, train.compile)  # before it is split over ranks
+        loss = distribute(self.task, train.parallel, world)
+        self.forward_backward = (Graphed if train.cuda_graph else Eager)(self.task, loss, world)
+        self.micro_batch, self.micro_batches = split_batch(config, world.size)
         self.decodes = train.global_batch // config.data.views
-        self.loader = VideoLoader(
-            config.data, frames=config.model.frames, size=config.model.size, seed=config.seed, quarantine=run.quarantine,
-            clips_per_batch=self.micro_batch // config.data.views,
-        )  # fmt: skip
+        self.loader = self.task.training_loader(
+            self.micro_batch // config.data.views, run.quarantine, rank=world.rank, world=world.size
+        )
         self.task.check_labels(self.loader.sources)
-        if config.validation is not None:
-            self.task.check_labels(open_sources(config.validation))
+        self.task.check_validation()
         clips = self.loader.num_clips
         self.steps_per_epoch = clips / self.decodes
         self.total_steps = train.epochs * clips // self.decodes
@@ -115,21 +128,24 @@ class Trainer:
             )
         self.optimizer = Optimizer(
             self.task.model, config.optim, global_batch=train.global_batch, total_steps=self.total_steps,
-            steps_per_epoch=self.steps_per_epoch,
+            steps_per_epoch=self.steps_per_epoch, world=world,
         )  # fmt: skip
         self.progress = Progress(epoch_clips=clips)
         if checkpoint is not None:
-            self.progress = Progress(**load_checkpoint(checkpoint, self.task.model, self.optimizer))
+            self.progress = Progress(**load_checkpoint(checkpoint, self.task.model, self.optimizer, world=world))
             if self.progress.epoch_clips != clips:
                 raise ValueError(
                     f"{run.path}: an epoch had {self.progress.epoch_clips} clips when this run began and has {clips} now; "
                     f"restore the lists, or {START_OVER}"
                 )
         self.saved_step = self.progress.step if checkpoint is not None else -1
-        self.log = MetricsLog(run.metrics)
+        self.log = MetricsLog(run.metrics, enabled=world.first)
         self.log.cut(self.progress.step)
         self.pending: list[dict[str, Tensor]] = []
-        run.write_environment()
+        self.replaced: list[str] = []
+        self.stop = 0
+        if world.first:
+            run.write_environment()
 
     def fit(self, interrupt: _Interrupt) -> None:
         """Train up to the last step. Raises SystemExit after saving if a signal arrived."""
@@ -138,11 +154,16 @@ class Trainer:
         self.task.model.train()
         self.mark, self.data_mark = time.perf_counter(), (0.0, 0.0)
         self.loader.position = state.position
-        self.loader.steps = (self.total_steps - state.step) * train.global_batch // self.micro_batch
+        self.loader.steps = (self.total_steps - state.step) * self.micro_batches
         batches = iter(self.loader)
-        with self.loader, progress(self.config.name, self.total_steps, state.step) as bar:
+        bar = progress(self.config.name, self.total_steps, state.step, shown=self.world.first)
+        watch = Watchdog(train.stuck_after, self.run.path / f"stuck-rank{self.world.rank}.txt")
+        with self.loader, bar, watch:
             while state.step < self.total_steps:
                 self._step(batches)
+                watch.beat(state.step)
+                # All ranks must leave after the same step, whichever of them was told to.
+                self.stop = self.world.highest(interrupt.signal)
                 bar.update(1)
                 last = state.step == self.total_steps
                 if state.step % train.log_every == 0 or last:
@@ -150,20 +171,22 @@ class Trainer:
                     bar.set_postfix({k: entry[k] for k in ("loss", "lr", "clips_per_s", "wait_s", "replaced")})
                 if validate_every and state.step % validate_every == 0 and not last:
                     self._validate()
-                if state.step % train.checkpoint_every == 0 or last or interrupt.signal:
+                if state.step % train.checkpoint_every == 0 or last or self.stop:
                     self._save()
-                if interrupt.signal:
-                    print(f"{self.config.name}: saved step {state.step}; run the same command again to go on", file=sys.stderr)
-                    raise SystemExit(128 + interrupt.signal)
+                if self.stop:
+                    if self.world.first:
+                        again = "run the same command again to go on"
+                        print(f"{self.config.name}: saved step {state.step}; {again}", file=sys.stderr)
+                    raise SystemExit(128 + self.stop)
         interrupt.deferred = False  # from here on all is saved: a signal may end the process at once
 
     def _step(self, batches: Iterator[Batch]) -> None:
         state, clips = self.progress, self.config.train.global_batch
         self.optimizer.zero_grad()
-        sums, replaced = accumulate(self.task, batches, clips // self.micro_batch, clips)
+        sums, replaced = accumulate(self.task, batches, self.micro_batches, clips, self.forward_backward)
         sums["grad_norm"], sums["skipped"] = self.optimizer.step(state.step, sums["loss"])
         self.pending.append(sums)
-        state.replaced = dict(Counter(state.replaced) + Counter(replaced))
+        self.replaced += replaced
         state.step += 1
         state.position += self.decodes
 
@@ -177,6 +200,9 @@ class Trainer:
         names = list(self.pending[0]) if steps else []
         rows = torch.stack([torch.stack([s[n].float() for n in names]) for s in self.pending]).tolist() if steps else []
         self.pending.clear()
+        for paths in self.world.gather(self.replaced):
+            state.replaced = dict(Counter(state.replaced) + Counter(paths))
+        self.replaced = []
         table = [dict(zip(names, row)) for row in rows]
         for row in table:
             state.skipped_in_a_row = state.skipped_in_a_row + 1 if row["skipped"] else 0
@@ -185,11 +211,15 @@ class Trainer:
                 state.first_loss = row["loss"]
             if math.isfinite(row["loss"]):
                 state.recent = [*state.recent, row["loss"]][-train.log_every :]
-        if state.skipped_in_a_row >= MAX_SKIPPED:
-            raise ValueError(
-                f"{self.config.name}: loss or gradient was not finite for {state.skipped_in_a_row} steps in a row, last "
-                f"at step {state.step}; the newest checkpoint is older. Lower optim.lr, warm up longer or set optim.clip_grad"
-            )
+        if state.skipped_in_a_row >= train.max_skipped:
+            if self.world.first:
+                print(
+                    f"{self.config.name}: loss or gradient was not finite for {state.skipped_in_a_row} steps in a row, last "
+                    f"at step {state.step}. Run again with --optim.clip-grad, a lower --optim.lr or a longer warm-up; what "
+                    "the newest checkpoint holds is from before",
+                    file=sys.stderr,
+                )
+            raise SystemExit(NOT_FINITE)
         extras = [n for n in names if n not in ("loss", "grad_norm", "skipped")]
         norm = table[-1]["grad_norm"] if table else None
         entry = {
@@ -222,26 +252,43 @@ class Trainer:
         if self.pending:
             self._flush()
         state, keep = dataclasses.asdict(self.progress), self.config.train.keep_checkpoints
-        save_checkpoint(self.run.checkpoints, state.pop("step"), self.task.model, self.optimizer, state, keep=keep)
+        save_checkpoint(
+            self.run.checkpoints, state.pop("step"), self.task.model, self.optimizer, state, keep=keep,
+            keep_every=self.config.train.keep_every, world=self.world,
+        )  # fmt: skip
         self.saved_step = self.progress.step
 
     def _validate(self) -> dict[str, Any]:
         if self.pending:
             self._flush()
-        with self.task.validation_views(self.run.quarantine) as views:
+        with self.optimizer.averaged(), self.task.validation_views(self.run.quarantine) as views:
             metrics = {**self.task.evaluate(views), "left_out": views.stats["bad"]}
         self.task.model.train()
+        self._keep_best(metrics)
         numbers = {k: v for k, v in metrics.items() if not isinstance(v, (list, dict))}
         self.log.write(kind="validation", step=self.progress.step, **numbers)
         self.mark = time.perf_counter()  # validation is not training time
         return metrics
 
+    def _keep_best(self, metrics: dict[str, Any]) -> None:
+        name, state = self.task.best_by, self.progress
+        value = None if name is None else metrics.get(name)
+        if name is None or value is None or not math.isfinite(value) or (state.best is not None and value <= state.best):
+            return
+        state.best = value
+        self._save_weights(self.run.best, {"run": self.config.name, "step": state.step, name: value})
+
+    def _save_weights(self, path: Path, meta: dict[str, Any]) -> None:
+        whole = self.world.whole(self.task.model.state_dict())
+        self.world.on_first(lambda: save_weights(self.task.model, path, meta, whole))
+
     def finish(self) -> dict[str, Any]:
         """Write the final weights, validate, and close the run with `done.json`."""
         config, state = self.config, self.progress
-        classes = class_names(config)
+        classes = self.task.class_names()
         meta = {"run": config.name, "step": state.step} | ({"classes": list(classes)} if classes else {})
-        save_weights(self.task.model, self.run.weights, meta)
+        with self.optimizer.averaged():
+            self._save_weights(self.run.weights, meta)
         self.log.cut(state.step, again="validation")
         validation = self._validate() if config.validation is not None else None
         clips = state.step * config.train.global_batch
@@ -264,45 +311,49 @@ class Trainer:
             "weights": str(self.run.weights),
             "directory": str(self.run.path),
         }
-        self.run.finish(summary)
+        self.world.on_first(lambda: self.run.finish(summary))
         return summary
 
 
+def split_batch(config: RunConfig, ranks: int) -> tuple[int, int]:
+    """(clips of one forward, forwards of one step) on each of `ranks` ranks.
+
+    Raises ValueError with the nearest valid values if the global batch cannot be cut so.
+    """
+    train, views = config.train, config.data.views
+    divisible("train.global_batch", train.global_batch, "ranks x data.views", ranks * views)
+    micro = train.micro_batch or train.global_batch // ranks
+    divisible("train.global_batch", train.global_batch, "ranks x train.micro_batch", ranks * micro)
+    return micro, train.global_batch // (ranks * micro)
+
+
 def accumulate(
-    task: Task[Any], batches: Iterator[Batch], micro_batches: int, clips: int
+    task: Task[Any], batches: Iterator[Batch], micro_batches: int, clips: int, forward_backward: Eager | None = None
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """Gradients of one global batch of `clips` clips, taken from `micro_batches` batches.
+    """Gradients of one global batch of `clips` clips over all ranks, taken from `micro_batches` batches of this one.
 
     Every micro-batch's loss sum is divided by the count of the *whole* global batch before its backward, so gradients
     add up to those of one big batch whatever the split. Where the count depends on the masks, the micro-batches are
-    held (uint8, on the host) until it is known. Returns ({"loss" and the task's sums}, paths that were replaced).
+    held (uint8, on the host) until it is known. `forward_backward`: how each is run, and on how many ranks (None: eagerly,
+    on this one). Returns ({"loss" and the task's sums} over all ranks, paths that were replaced on this one).
     """
+    forward_backward = forward_backward or Eager(task)
+    world = forward_backward.world
     total: float | Tensor | None = task.static_count(clips)
     if total is None:
         held = [next(batches) for _ in range(micro_batches)]
-        total, batches = task.count(held), iter(held)
+        total, batches = world.sum(task.count(held)), iter(held)
     sums: dict[str, Tensor] = {}
     replaced: list[str] = []
-    for _ in range(micro_batches):
+    for number in range(micro_batches):
         batch = next(batches)
         replaced += [failure.path for failure in batch.replaced]
-        out = task.loss(batch)
-        loss = out.pop("loss_sum") / total
-        loss.backward()
-        out["loss"] = loss.detach()
-        for name, value in out.items():
+        for name, value in forward_backward(batch, total, number == micro_batches - 1).items():
             sums[name] = sums[name] + value if name in sums else value
+    if world.size > 1:
+        totals = world.sum(torch.stack([value.float() for value in sums.values()]))
+        sums = dict(zip(sums, totals.unbind()))
     return sums, replaced
-
-
-def class_names(config: RunConfig) -> tuple[str, ...] | None:
-    """Names of the model's classes, where the sources of its training or validation data agree on them."""
-    for data in filter(None, (config.data, config.validation)):
-        names = {source.label_names for source in open_sources(data)}
-        (first, *others) = names or {None}
-        if first and not others and len(first) == config.model.num_classes:
-            return first
-    return None
 
 
 def _mean(values: list[float]) -> float | None:
@@ -320,8 +371,13 @@ def _threads(count: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
 class _Interrupt:
-    """SIGTERM and SIGINT set a flag while training, so that the step ends and is saved; a second signal ends at once."""
+    """SIGTERM, SIGUSR1 (a scheduler's warning) and SIGINT set a flag while training, so that the step ends and is saved.
+
+    A second signal ends at once."""
 
     def __init__(self) -> None:
         self.signal = 0
@@ -330,7 +386,7 @@ class _Interrupt:
 
     def __enter__(self) -> _Interrupt:
         if threading.current_thread() is threading.main_thread():
-            self.before = {n: signal.signal(n, self._handle) for n in (signal.SIGTERM, signal.SIGINT)}
+            self.before = {n: signal.signal(n, self._handle) for n in _SIGNALS}
         return self
 
     def _handle(self, number: int, frame: FrameType | None) -> None:

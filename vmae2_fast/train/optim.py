@@ -5,13 +5,16 @@ Nothing here reads a device value on the host: norm, clipping and the decision t
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from ..config import OptimConfig
+from .parallel import World, join_like, local, norm, slice_like
 from .schedule import cosine_schedule, warmup_length
 
 NO_DECAY = ("pos_embed", "cls_token", "mask_token")
@@ -77,20 +80,37 @@ class Optimizer:
     """AdamW over `model` with the schedules of `config` for a run of `total_steps`.
 
     `global_batch` sets the learning rate (see `scaled_lr`), `steps_per_epoch` turns warm-up epochs into steps.
+    A sharded model (`parallel.distribute`) is updated slice by slice, each rank its own.
     """
 
     def __init__(
-        self, model: nn.Module, config: OptimConfig, *, global_batch: int, total_steps: int, steps_per_epoch: float
+        self,
+        model: nn.Module,
+        config: OptimConfig,
+        *,
+        global_batch: int,
+        total_steps: int,
+        steps_per_epoch: float,
+        world: World = World(),  # noqa: B008 (frozen)
     ) -> None:
-        self.config = config
+        self.config, self.world = config, world
         self.total_steps = total_steps
         self.warmup = warmup_length(config.warmup_epochs, steps_per_epoch)
         self.lr = scaled_lr(config.lr, global_batch, config.lr_batch)
         self.min_lr = scaled_lr(config.min_lr, global_batch, config.lr_batch)
         groups = parameter_groups(model, config.weight_decay, config.layer_decay)
         self.params: dict[str, nn.Parameter] = {n: p for g in groups for n, p in zip(g["names"], g["params"])}
+        # AdamW works on the slices themselves: its fused kernel takes no mixture of sharded and plain tensors.
+        self.slices = {n: nn.Parameter(local(p.detach())) if isinstance(p, DTensor) else p for n, p in self.params.items()}
+        for group in groups:
+            group["params"] = [self.slices[n] for n in group["names"]]
+        self.sharded = any(isinstance(p, DTensor) for p in self.params.values())
         # The fused kernel is the one that takes found_inf, which lets the device decide to skip a step.
         self.adamw = torch.optim.AdamW(groups, lr=self.lr, betas=config.betas, eps=config.eps, fused=True)
+        # A state of its own in AdamW's: it is saved, restored and sharded with the moments.
+        self._started: dict[nn.Parameter, Tensor] = {}
+        if config.ema_decay is not None:
+            self._started = {p: p.detach().clone() for p in self.slices.values()}
 
     def lr_at(self, step: int) -> float:
         """Scheduled learning rate of a step, before the groups' lr_scale."""
@@ -102,7 +122,8 @@ class Optimizer:
         return base if end is None else cosine_schedule(step, base=base, final=end, total=self.total_steps)
 
     def zero_grad(self) -> None:
-        self.adamw.zero_grad(set_to_none=True)
+        for p in (*self.params.values(), *self.slices.values()):
+            p.grad = None
 
     def step(self, step: int, loss: Tensor) -> tuple[Tensor, Tensor]:
         """Update the parameters from their gradients; returns (gradient norm before clipping, skipped 0/1), fp32 scalars.
@@ -114,28 +135,62 @@ class Optimizer:
             group["lr"] = lr * group["lr_scale"]
             if group["decays"]:
                 group["weight_decay"] = weight_decay
-        params = [p for p in self.params.values() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
-        skipped = torch.logical_not(torch.isfinite(norm) & torch.isfinite(loss.detach())).to(torch.float32)
-        if self.config.clip_grad is not None:
-            torch.nn.utils.clip_grads_with_norm_(params, self.config.clip_grad, norm)
-        self.adamw.grad_scale = None  # type: ignore[attr-defined]
+        for name, p in self.params.items():
+            if self.sharded and p.grad is not None:
+                self.slices[name].grad = local(p.grad)
+        size = norm([p.grad for p in self.slices.values() if p.grad is not None], self.sharded, self.world)
+        skipped = torch.logical_not(torch.isfinite(size) & torch.isfinite(loss.detach())).to(torch.float32)
+        # The kernel divides gradients by grad_scale while it reads them: clipping costs no pass of its own.
+        clip = self.config.clip_grad
+        scale = None if clip is None else ((size + 1e-6) / clip).clamp(min=1.0).float()
+        self.adamw.grad_scale = scale  # type: ignore[attr-defined]
         self.adamw.found_inf = skipped  # type: ignore[attr-defined]
         self.adamw.step()
-        return norm, skipped
+        if self.config.ema_decay is not None:
+            self._average(self.config.ema_decay)
+        return size, skipped
+
+    @torch.no_grad()
+    def _average(self, decay: float) -> None:
+        state = self.adamw.state
+        for p in [p for p in self._started if p in state]:
+            state[p]["ema"] = self._started.pop(p)
+        params: list[Tensor] = [p for p in self.slices.values() if "ema" in state.get(p, {})]
+        torch._foreach_lerp_([state[p]["ema"] for p in params], params, 1 - decay)
+
+    @contextlib.contextmanager
+    @torch.no_grad()
+    def averaged(self) -> Iterator[None]:
+        """While it is open, the parameters hold their moving averages (`ema_decay`); without one, or before the first
+        step, they are left alone."""
+        pairs = [(p, self.adamw.state[p]["ema"]) for p in self.slices.values() if "ema" in self.adamw.state.get(p, {})]
+        kept = [p.detach().clone() for p, _ in pairs]
+        for p, average in pairs:
+            p.copy_(average)
+        try:
+            yield
+        finally:
+            for (p, _), value in zip(pairs, kept):
+                p.copy_(value)
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """Moments and step counts as `<parameter>.<exp_avg | exp_avg_sq | step>`."""
-        return {f"{n}.{key}": value for n, p in self.params.items() for key, value in self.adamw.state.get(p, {}).items()}
+        """Moments and step counts as `<parameter>.<exp_avg | exp_avg_sq | step>`; moments sharded as their parameter."""
+        return {
+            f"{n}.{key}": value if key == "step" else join_like(value, p)
+            for n, p in self.params.items()
+            for key, value in self.adamw.state.get(self.slices[n], {}).items()
+        }
 
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """The inverse of `state_tensors`. Raises ValueError naming a tensor that belongs to no parameter here."""
+        """The inverse of `state_tensors`, from whole tensors. Raises ValueError naming one that belongs to no parameter."""
         state: dict[nn.Parameter, dict[str, Tensor]] = {}
-        for full, value in tensors.items():
-            name, _, key = full.rpartition(".")
+        for whole, value in tensors.items():
+            name, _, key = whole.rpartition(".")
             p = self.params.get(name)
             if p is None or (key != "step" and value.shape != p.shape):
-                raise ValueError(f"optimizer state {full} of shape {tuple(value.shape)} fits no parameter of this model")
-            state.setdefault(p, {})[key] = value.to(p.device)
+                raise ValueError(f"optimizer state {whole} of shape {tuple(value.shape)} fits no parameter of this model")
+            mine = value if key == "step" else slice_like(value, p)
+            state.setdefault(self.slices[name], {})[key] = mine.to(p.device)
+        self._started = {p: value for p, value in self._started.items() if "ema" not in state.get(p, {})}
         self.adamw.state.clear()
         self.adamw.state.update(state)  # type: ignore[arg-type]

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
 
 from ..config import (
+    AvaConfig,
     ClassifyConfig,
     DistillConfig,
     ModelConfig,
@@ -28,9 +30,11 @@ from ..config import (
 )
 from ..data.prepare import prepare_folder, prepare_scenes
 from ..data.synthetic import CLASSES
+from ..data.synthetic_ava import write_ava_scenes
 from ..models import resolve
 from ..ops.masks import mask_sizes
 from .loop import train
+from .parallel import join
 
 _HANDED = "stage:"
 PLAN = "progression.json"
@@ -89,11 +93,18 @@ def run_progression(
     for stage in stages:
         check_stage(stage)
     _check_handover(stages, out, init)
-    results: dict[str, dict[str, Any]] = {"data": prepare(progression)}
-    out.mkdir(parents=True, exist_ok=True)
-    save(progression, out / PLAN)
+    world, _ = join()
+
+    def begin() -> dict[str, Any]:
+        made = prepare(progression)
+        out.mkdir(parents=True, exist_ok=True)
+        save(progression, out / PLAN)
+        return made
+
+    results: dict[str, dict[str, Any]] = {"data": world.on_first(begin)}
     for number, stage in enumerate(stages):
-        print(f"[{number + 1}/{len(stages)}] {stage.name}: {stage.cites or type(stage).__name__}", flush=True)
+        if world.first:
+            print(f"[{number + 1}/{len(stages)}] {stage.name}: {stage.cites or type(stage).__name__}", flush=True)
         results[stage.name] = train(stage, init=init if number == 0 else None, resume=resume)
     return results
 
@@ -106,6 +117,10 @@ def prepare(progression: Progression) -> dict[str, Any]:
     root = Path(progression.out) / "data"
     try:
         root.parent.mkdir(parents=True, exist_ok=True)
+        if wanted.scenes == "boxes":
+            train, val = max(8, round(64 * wanted.scale)), max(4, round(16 * wanted.scale))
+            write_ava_scenes(root, train=train, val=val, seed=wanted.seed)
+            return {"kind": "scenes with boxes in AVA's formats, as H.264 MP4", "train_is_test": False, "skipped": {}}
         if wanted.folder is not None:
             return prepare_folder(root, wanted.folder, size=wanted.size)
         return prepare_scenes(root, size=wanted.size, scale=wanted.scale, seed=wanted.seed)
@@ -152,7 +167,7 @@ def smoke(run: Stage | Progression) -> Progression:
     return Progression(
         name=f"{run.name}_smoke",
         cites=run.cites,
-        prepare=PrepareConfig(scale=_SMOKE_SCALE),
+        prepare=PrepareConfig(scale=_SMOKE_SCALE, scenes="boxes" if isinstance(stages[0], AvaConfig) else "moving"),
         stages=tuple(_smoke_stage(_on_scenes(stage, out)) for stage in stages),
         out=out,
     )
@@ -161,13 +176,25 @@ def smoke(run: Stage | Progression) -> Progression:
 _SMOKE_SCALE = 0.05
 
 
+def _on_boxes(stage: AvaConfig, out: str) -> Stage:
+    root = f"{out}/data"
+    data = dataclasses.replace(
+        stage.data, videos=f"{root}/videos", annotations=f"{root}/train.csv", labels=f"{root}/labels.pbtxt", exclusions=None
+    )
+    validation = dataclasses.replace(data, annotations=f"{root}/val.csv", boxes=f"{root}/people.csv", flip=False)
+    return dataclasses.replace(stage, data=data, validation=validation, init=None)
+
+
 def _on_scenes(stage: Stage, out: str) -> Stage:
+    if isinstance(stage, AvaConfig):
+        return _on_boxes(stage, out)
     labelled = not isinstance(stage, PretrainConfig)
     sources = ("labeled_video", "labeled_frames") if labelled else ("unlabeled_video", "unlabeled_frames")
     data = dataclasses.replace(
         stage.data, sources=tuple(SourceConfig(name=name) for name in sources), datasets=f"{out}/data/datasets.toml"
     )
-    changes: dict[str, Any] = {"data": data, "validation": None, "init": None}
+    changes: dict[str, Any] = {"data": data, "validation": None}
+    changes["init"] = stage.init if stage.init and stage.init.startswith(_HANDED) else None
     if labelled:
         changes["model"] = dataclasses.replace(stage.model, num_classes=len(CLASSES))
     if isinstance(stage, DistillConfig):
@@ -177,23 +204,38 @@ def _on_scenes(stage: Stage, out: str) -> Stage:
 
 
 def _smoke_stage(stage: Stage) -> Stage:
+    # the smallest batch whose clips can be mixed with each other
+    clips = max(2, stage.mix.clips) if isinstance(stage, ClassifyConfig | DistillConfig) else 2
     changes: dict[str, Any] = {
         "model": _small(stage.model),
         "data": dataclasses.replace(stage.data, workers=1),
         "train": dataclasses.replace(
-            stage.train, epochs=1, global_batch=2 * stage.data.views, micro_batch=None, validate_every=0
+            stage.train, epochs=1, global_batch=clips * stage.data.views, micro_batch=None, validate_every=0
         ),
         "optim": dataclasses.replace(stage.optim, warmup_epochs=min(stage.optim.warmup_epochs, 0.5)),
     }
     if isinstance(stage, DistillConfig):
-        changes["teacher"] = _small(stage.teacher)
+        # one size both patches divide: student and teacher see the same clips
+        size = math.lcm(_patch(stage.model), _patch(stage.teacher))
+        size *= -(-32 // size)
+        changes["model"] = dataclasses.replace(_small(stage.model), size=size)
+        changes["teacher"] = dataclasses.replace(_small(stage.teacher), size=size)
+    if isinstance(stage, AvaConfig):
+        side = changes["model"].size
+        changes["data"] = dataclasses.replace(changes["data"], short_side=(side, side))
+        if stage.validation is not None:
+            changes["validation"] = dataclasses.replace(stage.validation, workers=1, short_side=(side, side))
     if isinstance(stage, ClassifyConfig | DistillConfig):
         changes["views"] = ViewsConfig(segments=1, crops=1, batch=8)
     return dataclasses.replace(stage, **changes)
 
 
+def _patch(model: ModelConfig) -> int:
+    return resolve(model).patch
+
+
 def _small(model: ModelConfig) -> ModelConfig:
-    patch = model.patch or (14 if "patch14" in model.name else 16)
+    patch = _patch(model)
     shrunk = dataclasses.replace(
         model, size=min(model.size, 4 * patch), frames=min(model.frames, 8), width=32, depth=2, heads=2, drop_path=0.0
     )
@@ -207,6 +249,8 @@ def describe(run: RunConfig | Progression) -> list[str]:
     if isinstance(run, Progression):
         return [f"progression {run.name} -> {run.out}"] + ["  " + line for stage in run.stages for line in describe(stage)]
     sources = ", ".join(f"{s.name}" + (f" x{s.weight:g}" if s.weight != 1 else "") for s in run.data.sources)
+    if isinstance(run, AvaConfig):
+        sources = f"key frames of {run.data.annotations}"
     line = f"{run.name}: {run.model.name} {run.model.frames}x{run.model.size}^2, batch {run.train.global_batch}"
     line += f", {run.train.epochs} epochs, lr {run.optim.lr:g}, {run.train.precision}, data {sources or '(none)'}"
     return [line + (f", from {run.init}" if run.init else "")]

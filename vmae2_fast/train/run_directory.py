@@ -4,6 +4,7 @@ config.json        the resolved config         environment.json   machine, versi
 metrics.jsonl      train and validation lines  checkpoints/       see `vmae2_fast.train.checkpoint`
 quarantine.jsonl   clips that were replaced    weights.safetensors, done.json   only once the run is finished
 inputs.json        digests of the weights it starts and learns from
+best.safetensors   weights of the best validation, of tasks that keep them
 """
 
 from __future__ import annotations
@@ -20,12 +21,13 @@ from ..config import RunConfig, to_dict
 from .checkpoint import clean, committed, sha256, write_json
 
 # What may change between two sittings of one run: where things lie, how often it is saved or shown, and how the work is
-# cut up. None of it changes the maths (micro_batch: up to the order of summation).
+# cut up. None of it changes the maths (micro_batch: and parallel: up to the order of summation).
 _LOADING = ("workers", "prefetch", "cache_mb", "timeout_s", "datasets")
 FREE = {
-    "out", "cites", "views.batch",
-    *(f"train.{key}" for key in ("micro_batch", "threads", "checkpoint_every", "keep_checkpoints", "log_every")),
-    *(f"data.{key}" for key in _LOADING), *(f"validation.{key}" for key in _LOADING),
+    "out", "cites", "views.batch", "teacher_cache",
+    *(f"train.{key}" for key in ("micro_batch", "parallel", "threads", "checkpoint_every", "keep_checkpoints", "log_every")),
+    *(f"train.{key}" for key in ("keep_every", "max_skipped", "stuck_after")),
+    *(f"{data}.{key}" for data in ("data", "validation") for key in _LOADING),
 }  # fmt: skip
 
 
@@ -78,6 +80,7 @@ class RunDirectory:
         self.fresh = not self.path.exists()
         self.metrics, self.quarantine = self.path / "metrics.jsonl", self.path / "quarantine.jsonl"
         self.weights, self.done = self.path / "weights.safetensors", self.path / "done.json"
+        self.best = self.path / "best.safetensors"
 
     @classmethod
     def open(cls, config: RunConfig, *, resume: bool) -> RunDirectory:
@@ -131,7 +134,7 @@ class RunDirectory:
 
     def _clear(self) -> None:
         # done.json goes first: whatever a kill leaves, it does not pass for a finished run.
-        for path in (self.done, self.weights, self.metrics, self.quarantine, self.environment):
+        for path in (self.done, self.weights, self.best, self.metrics, self.quarantine, self.environment):
             path.unlink(missing_ok=True)
         shutil.rmtree(self.checkpoints, ignore_errors=True)
         self.config.unlink(missing_ok=True)

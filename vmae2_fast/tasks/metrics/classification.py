@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 Array = NDArray[np.float64]
+_VIDEOS_AT_ONCE = 1024
 
 
 def softmax(logits: ArrayLike) -> Array:
@@ -48,36 +49,67 @@ class View(NamedTuple):
     logits: Sequence[float] | Array
 
 
+class Predictions(NamedTuple):
+    """Logits of many views as arrays; rows in any order, repeats allowed."""
+
+    video: NDArray[np.int64]
+    """Number of the video, [R]."""
+    chunk: NDArray[np.int64]
+    split: NDArray[np.int64]
+    label: NDArray[np.int64]
+    logits: NDArray[Any]
+    """[R, C]."""
+
+
 class Merged(NamedTuple):
-    """One row a video, in order of first appearance."""
+    """One row a video, in order of the videos' numbers (`merge_views`: of first appearance)."""
 
     videos: list[Hashable]
     scores: Array
     labels: NDArray[np.int64]
 
 
-def merge_views(views: Iterable[View], *, scores: str = "softmax") -> Merged:
+def merge_predictions(predictions: Predictions, *, scores: str = "softmax") -> Merged:
     """Mean over the unique (chunk, split) views of each video of softmax(logits), or of the logits (`scores="logits"`).
 
     The first occurrence of a view counts, as in the official `merge`; padding of a distributed sampler repeats views.
     The official code compares the *concatenated* digits of chunk and split, so (1, 12) hides (11, 2); here they differ.
+    Views are summed in the order of (chunk, split), so the result does not depend on how they were spread over processes.
     Raises ValueError for no views at all.
     """
-    rows: dict[Hashable, list[Array]] = {}
-    seen: set[tuple[Hashable, int, int]] = set()
-    labels: dict[Hashable, int] = {}
-    for view in views:
-        key = (view.video, view.chunk, view.split)
-        if key in seen:
-            continue
-        seen.add(key)
-        row = softmax(view.logits) if scores == "softmax" else np.asarray(view.logits, dtype=np.float64)
-        rows.setdefault(view.video, []).append(row)
-        labels[view.video] = int(view.label)
+    if not len(predictions.video):
+        raise ValueError("no views to merge: the validation set gave no decodable video")
+    keys = np.stack((predictions.video, predictions.chunk, predictions.split), axis=1)
+    _, first = np.unique(keys, axis=0, return_index=True)  # sorted by video, chunk, split; the first row of each
+    videos, begin, count = np.unique(predictions.video[first], return_index=True, return_counts=True)
+    mean = np.empty((len(videos), predictions.logits.shape[1]))
+    for start in range(0, len(videos), _VIDEOS_AT_ONCE):  # in float64 the logits of a large set would be many gigabytes
+        part = slice(start, start + _VIDEOS_AT_ONCE)
+        rows = predictions.logits[first[begin[start] : begin[part][-1] + count[part][-1]]]
+        values = softmax(rows) if scores == "softmax" else np.asarray(rows, dtype=np.float64)
+        mean[part] = np.add.reduceat(values, begin[part] - begin[start], axis=0) / count[part, None]
+    return Merged(videos.tolist(), mean, predictions.label[first][begin])
+
+
+def merge_views(views: Iterable[View], *, scores: str = "softmax") -> Merged:
+    """`merge_predictions` of views whose videos have names."""
+    number: dict[Hashable, int] = {}
+    rows = [(number.setdefault(view.video, len(number)), view) for view in views]
     if not rows:
         raise ValueError("no views to merge: the validation set gave no decodable video")
-    videos = list(rows)
-    return Merged(videos, np.stack([np.mean(rows[v], axis=0) for v in videos]), np.array([labels[v] for v in videos]))
+    table = np.array([(i, view.chunk, view.split, view.label) for i, view in rows], dtype=np.int64)
+    logits = np.asarray([np.asarray(view.logits, dtype=np.float64) for _, view in rows])
+    merged = merge_predictions(Predictions(table[:, 0], table[:, 1], table[:, 2], table[:, 3], logits), scores=scores)
+    return merged._replace(videos=list(number))
+
+
+def most_confused(counts: NDArray[np.int64], pairs: int = 20) -> list[tuple[int, int, int]]:
+    """(label, predicted, videos) of the most frequent errors in a confusion matrix, most frequent first."""
+    errors = counts.copy()
+    np.fill_diagonal(errors, 0)
+    order = np.argsort(-errors, axis=None, kind="stable")[:pairs]
+    found = [(int(i // len(counts)), int(i % len(counts)), int(errors.flat[i])) for i in order]
+    return [pair for pair in found if pair[2]]
 
 
 def classification_metrics(scores: ArrayLike, labels: ArrayLike) -> dict[str, Any]:

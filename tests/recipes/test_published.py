@@ -1,0 +1,68 @@
+"""Published recipes resolve, build at full size without memory, and reach the published learning rates and counts."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from vmae2_fast.config import DistillConfig, Progression, from_dict, to_dict
+from vmae2_fast.models import build_model
+from vmae2_fast.recipes import pretrain, progressive
+from vmae2_fast.recipes_index import all_recipes
+from vmae2_fast.train.loop import split_batch
+from vmae2_fast.train.optim import scaled_lr
+from vmae2_fast.train.progression import check_stage
+
+PUBLISHED = [n for n in all_recipes() if n.partition(":")[0] in ("pretrain", "post_pretrain", "progressive")]
+PUBLISHED.remove("pretrain:hybrid_available")
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_resolves_and_builds_on_meta(name: str) -> None:
+    run = all_recipes()[name]()
+    for stage in run.stages if isinstance(run, Progression) else (run,):
+        assert from_dict(to_dict(stage)) == stage
+        assert stage.cites
+        check_stage(stage)
+        split_batch(stage, 8)
+        for model in (stage.model, *([stage.teacher] if isinstance(stage, DistillConfig) else [])):
+            with torch.device("meta"):
+                assert next(build_model(model).parameters()).is_meta
+
+
+@pytest.mark.parametrize(
+    ("name", "variant", "lr", "views"),
+    [("giant", "official", 4.8e-3, 8192), ("giant", "paper", 4.8e-3, 8192), ("huge", "official", 8e-3, 8192),
+     ("huge", "paper", 4.8e-3, 8192), ("base", "official", 4e-3, 4096)],
+)  # fmt: skip
+def test_pretraining_reaches_the_published_learning_rate(name: str, variant: str, lr: float, views: int) -> None:
+    run = getattr(pretrain, f"vit_{name}_hybrid")(variant=variant)
+    assert run.train.global_batch == views
+    assert scaled_lr(run.optim.lr, run.train.global_batch, run.optim.lr_batch) == pytest.approx(lr)
+
+
+@pytest.mark.parametrize("target", list(progressive._SETS))
+def test_ssv2_skips_post_pretraining_and_never_flips(target: str) -> None:
+    run = progressive.vit_giant(target=target)  # type: ignore[arg-type]
+    moving = target.startswith("ssv")
+    assert [s.name for s in run.stages] == ["pretrain", *([] if moving else ["post_pretrain"]), "finetune"]
+    assert run.stages[-1].init == f"stage:{run.stages[-2].name}"
+    assert run.stages[-1].data.flip is not moving
+
+
+def test_hybrid_available_names_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    toml = tmp_path / "datasets.toml"
+    toml.write_text('[k710]\nroot = "k"\n[ssv2]\nroot = "s"\n')
+    run = pretrain.hybrid_available(size="giant", datasets=str(toml))
+    full = pretrain.vit_giant_hybrid()
+    assert [s.name for s in run.data.sources] == ["k710", "ssv2"]
+    assert dataclasses.replace(run, name=full.name, data=full.data) == full
+    told = capsys.readouterr().err
+    assert "k710 79.6%, ssv2 20.4%; missing ava, webvid, own_web (38.6% of the published clips)" in told
+    assert "not a reproduction" in told
+    toml.write_text("")
+    with pytest.raises(ValueError, match="none of the sources of UnlabeledHybrid"):
+        pretrain.hybrid_available(datasets=str(toml))

@@ -1,0 +1,175 @@
+"""Action detection end to end on encoded scenes: what is learned, what is pooled, what bad input does."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.nn import functional as F
+
+from vmae2_fast import cli
+from vmae2_fast.config import AvaConfig, AvaDataConfig, ModelConfig, OptimConfig, TrainConfig
+from vmae2_fast.data.ava import ACTIONS, AvaError, read_annotations, write_results
+from vmae2_fast.data.ava_loader import AvaBatch
+from vmae2_fast.data.loader import BadDataError
+from vmae2_fast.data.synthetic_ava import COLOURS, write_ava_scenes
+from vmae2_fast.models import build_model, load_weights, save_weights
+from vmae2_fast.models.detect import Detector
+from vmae2_fast.tasks import create_task
+from vmae2_fast.tasks.metrics.ava import score_files
+from vmae2_fast.train.loop import train
+
+MODEL = ModelConfig(
+    name="vit_small_patch16_224", frames=4, size=48, patch=8, width=48, depth=2, heads=2, num_classes=ACTIONS,
+    pooling="first", init_std=0.1, head_init_scale=1.0,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_ava_scenes(tmp_path_factory.mktemp("ava") / "scenes", train=64, val=16)
+
+
+def config(scenes: Path, out: Path, **changes) -> AvaConfig:
+    data = AvaDataConfig(
+        videos=str(scenes / "videos"), annotations=str(scenes / "train.csv"), labels=str(scenes / "labels.pbtxt"),
+        short_side=(48, 56), flip=True, workers=1, prefetch=2, cache_mb=64,
+    )  # fmt: skip
+    validation = dataclasses.replace(
+        data, annotations=str(scenes / "val.csv"), boxes=str(scenes / "people.csv"), short_side=(48, 48), flip=False
+    )
+    plain = AvaConfig(
+        name="toy_ava", model=MODEL, data=data, validation=validation, out=str(out),
+        optim=OptimConfig(lr=4e-3, lr_batch=0, min_lr=1e-5, warmup_epochs=2, betas=(0.9, 0.999)),
+        train=TrainConfig(epochs=24, global_batch=8, threads=1, checkpoint_every=100, log_every=20),
+    )  # fmt: skip
+    return dataclasses.replace(plain, **changes)
+
+
+def test_a_class_that_lies_inside_the_box_is_learned(scenes: Path, tmp_path: Path) -> None:
+    run = config(scenes, tmp_path)
+    summary = train(run)
+    metrics = summary["validation"]
+    assert metrics["frame_map"] >= 0.95
+    assert metrics["boxes"] == 32  # the low-scored ones are left out
+    assert summary["classes"][11] == COLOURS[12][0]
+    assert summary["classes"][1] == "2"
+    assert (tmp_path / "toy_ava" / "best.safetensors").exists()
+
+    task = create_task(run)
+    task.model.load_state_dict(_weights(summary["weights"]))
+    with task.validation_views() as views:
+        rows = list(task.detections(views))
+    write_results(tmp_path / "det.csv", rows)
+    again = score_files(scenes / "val.csv", tmp_path / "det.csv", labels=scenes / "labels.pbtxt")
+    assert again["frame_map"] == pytest.approx(metrics["frame_map"], abs=0.02)  # five decimals make ties
+    cli.main(["detect", "ava", str(tmp_path / "toy_ava"), "--out", str(tmp_path / "best.csv")])
+    assert len((tmp_path / "best.csv").read_text().splitlines()) == 32 * ACTIONS
+    best_map = score_files(scenes / "val.csv", tmp_path / "best.csv", labels=scenes / "labels.pbtxt")["frame_map"]
+    assert best_map == pytest.approx(metrics["frame_map"], abs=0.02)
+    # The two boxes of a clip get different classes.
+    truth = read_annotations(scenes / "val.csv")
+    best: dict[tuple, tuple[float, int]] = {}
+    for frame, box, action, score in rows:
+        key = frame, tuple(np.round(box, 4))
+        best[key] = max(best.get(key, (0.0, 0)), (score, action))
+    right = [best[f, tuple(np.round(b, 4))][1] == a for f, b, a in zip(truth.frames, truth.boxes, truth.actions)]
+    assert np.mean(right) >= 0.95
+
+
+def _weights(path: str) -> dict[str, torch.Tensor]:
+    return load_file(path)
+
+
+def test_resuming_gives_the_same_bits(scenes: Path, tmp_path: Path) -> None:
+    short = TrainConfig(epochs=1, global_batch=8, threads=1, checkpoint_every=4, log_every=4)
+    plain = dataclasses.replace(config(scenes, tmp_path).optim, warmup_epochs=0.0)
+    straight = train(config(scenes, tmp_path / "a", train=short, optim=plain))
+    broken = config(scenes, tmp_path / "b", train=short, optim=plain)
+    train(broken)
+    folder = tmp_path / "b" / "toy_ava"
+    (folder / "done.json").unlink()
+    (folder / "weights.safetensors").unlink()
+    newest = sorted((folder / "checkpoints").iterdir())[-1]
+    for file in newest.iterdir():
+        file.unlink()
+    newest.rmdir()
+    resumed = train(broken)
+    ours, theirs = _weights(resumed["weights"]), _weights(straight["weights"])
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_loss_by_its_formula_and_micro_batches(scenes: Path, tmp_path: Path) -> None:
+    task = create_task(config(scenes, tmp_path))
+    clip = torch.randint(0, 256, (2, 4, 48, 48, 3), dtype=torch.uint8)
+    boxes = torch.tensor([[0, 3.0, 4, 20, 30], [1, 10, 10, 40, 40], [1, 0, 0, 47, 47]])
+    label = (torch.rand(3, ACTIONS) < 0.1).float()
+    out = task.loss(AvaBatch(clip, boxes, label, ("a", "b"), []))
+    logits = task.model(clip, boxes)
+    expected = 3 * F.binary_cross_entropy_with_logits(logits, label)
+    assert out["loss_sum"].item() == pytest.approx(expected.item(), rel=1e-5)
+    assert task.static_count(2) == 2
+    alone = [
+        task.loss(AvaBatch(clip[i : i + 1], boxes[rows] * torch.tensor([0.0, 1, 1, 1, 1]), label[rows], ("a",), []))
+        for i, rows in enumerate(([0], [1, 2]))
+    ]
+    assert sum(part["loss_sum"].item() for part in alone) == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(("name", "patch"), [("vit_giant_patch14_224", 14), ("vit_base_patch16_224", 16)])
+def test_any_size_with_the_native_table(name: str, patch: int) -> None:
+    model = Detector(ModelConfig(name=name, num_classes=ACTIONS, pooling="first", depth=1, width=32, heads=2, frames=4)).eval()
+    native = model.position_table(224 // patch, 224 // patch, torch.device("cpu"))
+    assert torch.equal(native, model.positions.table)
+    clip = torch.randint(0, 256, (1, 4, 64, 115, 3), dtype=torch.uint8)
+    boxes = torch.tensor([[0.0, 5, 5, 60, 50]])
+    with torch.no_grad():
+        assert model.features(clip).shape == (1, -(-64 // patch), -(-115 // patch), 32)
+        scores = model(clip, boxes)
+        mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+        normalised = ((clip.float() / 255 - mean) / std).permute(0, 4, 1, 2, 3).contiguous()
+        assert torch.allclose(scores, model(normalised, boxes), atol=1e-5)
+    assert scores.shape == (1, ACTIONS)
+    with pytest.raises(ValueError, match="this detector takes uint8"):
+        model(clip[:, :3], boxes)
+    with pytest.raises(ValueError, match="a detector needs num_classes"):
+        Detector(ModelConfig(name=name, num_classes=ACTIONS))
+
+
+@pytest.mark.parametrize("from_head", [False, True])
+def test_starts_from_a_fine_tuned_classifier(from_head: bool, tmp_path: Path) -> None:
+    classifier = build_model(dataclasses.replace(MODEL, pooling="mean", num_classes=7))
+    torch.nn.init.normal_(classifier.fc_norm.weight)
+    save_weights(classifier, tmp_path / "c.safetensors")
+    detector = Detector(MODEL, norm_from_head=from_head)
+    report = load_weights(detector, tmp_path / "c.safetensors")
+    assert torch.equal(detector.blocks[0].mlp.fc1.weight, classifier.blocks[0].mlp.fc1.weight)
+    expected = classifier.fc_norm.weight if from_head else torch.ones(48)
+    assert torch.equal(detector.norm.weight, expected)
+    assert {"head.weight", "head.bias"} <= set(report.initialised)
+
+
+def _changed(scenes: Path, tmp_path: Path, **changes) -> AvaConfig:
+    plain = config(scenes, tmp_path)
+    return dataclasses.replace(plain, data=dataclasses.replace(plain.data, **changes), validation=None)
+
+
+def test_what_cannot_be_trained_on_is_one_error(scenes: Path, tmp_path: Path) -> None:
+    (tmp_path / "gone.csv").write_text("nobody,0001,0.1,0.1,0.5,0.5,1,0\n")
+    (tmp_path / "late.csv").write_text("scene_0000,0009,0.1,0.1,0.5,0.5,1,0\n" * 2)
+    for changes, message in (
+        ({"videos": str(tmp_path / "none")}, "does not exist"),
+        ({"annotations": ""}, "give data.videos .* and data.annotations"),
+        ({"annotations": str(tmp_path / "gone.csv")}, "holds no video of nobody"),
+    ):
+        with pytest.raises(AvaError, match=message):
+            create_task(_changed(scenes, tmp_path, **changes)).training_loader(1)
+    with (
+        create_task(_changed(scenes, tmp_path, annotations=str(tmp_path / "late.csv"))).training_loader(1) as loader,
+        pytest.raises(BadDataError, match="key frame at 9 s lies outside the video"),
+    ):
+        next(iter(loader))

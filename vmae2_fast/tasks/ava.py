@@ -1,0 +1,148 @@
+"""Action detection in space and time: which of 80 actions each person of a key frame does (AVA, AVA-Kinetics)."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..config import AvaConfig
+from ..data.ava import ACTIONS, Rows, read_annotations, read_exclusions, read_label_map
+from ..data.ava_loader import AvaBatch, AvaClip, AvaEvaluationLoader, AvaLoader
+from ..data.manifest import Source
+from ..models.detect import Detector
+from .base import Task
+from .metrics.ava import FrameAP, Style, frame_map
+
+
+class AvaTask(Task[AvaConfig]):
+    """Binary cross-entropy per action, mean over the actions and sum over the boxes, divided by the clips of the batch.
+
+    The released code has the sum over a device's clips; the factor between the two is constant and AdamW does not see it.
+    """
+
+    model: Detector
+    best_by = "frame_map"
+
+    def __init__(self, config: AvaConfig, device: torch.device | str = "cpu") -> None:
+        super().__init__(config, device)
+        if config.model.num_classes != ACTIONS:
+            raise ValueError(f"{config.name}: AVA has {ACTIONS} actions, set model.num_classes={ACTIONS} "
+                             f"(got {config.model.num_classes})")  # fmt: skip
+        self.model = Detector(
+            config.model, bins=config.bins, aligned=config.aligned, norm_from_head=config.norm_from_head
+        ).to(self.device)
+
+    def training_loader(
+        self, clips_per_batch: int, quarantine: str | os.PathLike[str] | None = None, *, rank: int = 0, world: int = 1
+    ) -> AvaLoader:
+        config = self.config
+        loader = AvaLoader(
+            config.data, frames=config.model.frames, size=config.model.size, seed=config.seed, quarantine=quarantine,
+            clips_per_batch=clips_per_batch, rank=rank, world=world,
+        )  # fmt: skip
+        if loader.boxless:
+            print(f"{config.name}: {loader.boxless} key frames without boxes are left out of training", file=sys.stderr)
+        return loader
+
+    def validation_views(self, quarantine: str | os.PathLike[str] | None = None) -> AvaEvaluationLoader:
+        if self.config.validation is None:
+            raise ValueError(f"{self.config.name}: config.validation is not set, there is nothing to evaluate on")
+        model = self.config.model
+        return AvaEvaluationLoader(self.config.validation, frames=model.frames, size=model.size, quarantine=quarantine)
+
+    def class_names(self) -> tuple[str, ...] | None:
+        """Names of the actions by number; an action the label map leaves out is called by its number."""
+        labels = self.config.data.labels
+        if labels is None:
+            return None
+        names = read_label_map(labels)
+        return tuple(names.get(i, str(i)) for i in range(1, ACTIONS + 1))
+
+    def check_labels(self, sources: Iterable[Source]) -> None:
+        """Nothing to do: annotations are checked as they are read."""
+
+    def check_validation(self) -> None:
+        if self.config.validation is not None:
+            self.validation_views()
+            self._truth()
+
+    def loss(self, batch: AvaBatch) -> dict[str, Tensor]:  # type: ignore[override]
+        boxes, label = batch.boxes.to(self.device, non_blocking=True), batch.label.to(self.device, non_blocking=True)
+        with self.autocast():
+            logits = self.model(batch.clip.to(self.device, non_blocking=True), boxes).float()
+        total = F.binary_cross_entropy_with_logits(logits, label, reduction="sum") / ACTIONS
+        return {"loss_sum": total, "boxes": torch.tensor(float(len(boxes)), device=self.device)}
+
+    @torch.no_grad()
+    def detections(self, views: Iterable[AvaClip]) -> Iterator[tuple[str, np.ndarray, int, float]]:
+        """(key frame, box as shares, action, score) of every box and action: sigmoid times the person detector's score."""
+        self.model.eval()
+        for clips in self._of_one_size(views):
+            rows = [F.pad(clip.boxes, (1, 0), value=float(i)) for i, clip in enumerate(clips)]
+            with self.autocast():
+                stacked = torch.stack([clip.clip for clip in clips]).to(self.device, non_blocking=True)
+                logits = self.model(stacked, torch.cat(rows).to(self.device, non_blocking=True))
+            probabilities = logits.double().sigmoid().cpu().numpy()
+            shares = np.concatenate([clip.shares for clip in clips])
+            scores = np.concatenate([clip.scores for clip in clips])
+            names = [clip.frame.name for clip in clips for _ in clip.scores]
+            for name, box, score, row in zip(names, shares, scores, probabilities):
+                yield from ((name, box, action, float(p * score)) for action, p in enumerate(row, 1))
+
+    def _of_one_size(self, views: Iterable[AvaClip]) -> Iterator[list[AvaClip]]:
+        """Neighbours of one size, at most `config.clips` of them: key frames of one video follow one another."""
+        for _, run in groupby(views, key=lambda clip: clip.clip.shape):
+            batch: list[AvaClip] = []
+            for clip in run:
+                batch.append(clip)
+                if len(batch) == self.config.clips:
+                    yield batch
+                    batch = []
+            if batch:
+                yield batch
+
+    def _truth(self) -> tuple[Rows, dict[int, str], frozenset[str]]:
+        data = self.config.validation
+        assert data is not None
+        truth = read_annotations(data.annotations)
+        names = read_label_map(data.labels) if data.labels else {int(a): str(a) for a in np.unique(truth.actions)}
+        return truth, names, read_exclusions(data.exclusions) if data.exclusions else frozenset()
+
+    def evaluate(self, views: Iterable[AvaClip]) -> dict[str, Any]:  # type: ignore[override]
+        """{"frame_map" in `config.style`, "frame_map_activitynet", "boxes", "per_class", "not_counted"} on
+        `config.validation`.
+
+        Key frames whose video could not be decoded count as missed: their ground truth stays.
+        """
+        truth, names, exclusions = self._truth()
+        found = list(self.detections(views))
+        rows = Rows(
+            [row[0] for row in found],
+            np.asarray([row[1] for row in found], dtype=np.float64).reshape(-1, 4),
+            np.asarray([row[2] for row in found], dtype=np.int64),
+            np.asarray([row[3] for row in found], dtype=np.float64),
+            frozenset(),
+        )
+
+        def score(style: Style) -> FrameAP:
+            return frame_map(truth, rows, names, exclusions=exclusions, style=style)
+
+        result = score(self.config.style)
+        not_counted = dict(result.left_out)
+        if isinstance(views, AvaEvaluationLoader) and views.boxless:
+            not_counted["key frames without a box to look at"] = views.boxless
+        return {
+            "frame_map": result.mean,
+            "frame_map_activitynet": score("activitynet").mean,
+            "boxes": len(found) // ACTIONS,
+            "per_class": {names[action]: value for action, value in result.per_class.items()},
+            "not_counted": not_counted,
+        }

@@ -1,0 +1,215 @@
+"""Several processes, one run: joining them, splitting a model over them, and what they tell each other.
+
+The same code runs on GPUs (NCCL) and CPUs (gloo). `train.parallel="ddp"` keeps the whole model on every rank,
+`"fsdp"` (FSDP2, `fully_shard` of every block and of the rest) a slice of parameters, gradients and moments. Both
+average gradients over ranks; a step's loss is divided by the count of its *global* batch, so each rank's loss is
+multiplied by the number of ranks before its backward and the average becomes the gradient of the one global loss.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from ..data.loader import Batch
+from ..models.vit import Block
+from ..tasks import Task
+
+T = TypeVar("T")
+Loss = Callable[[Batch, bool], dict[str, Tensor]]
+"""(batch, whether it is the last of its step) -> what `Task.loss` returns."""
+
+
+@dataclasses.dataclass(frozen=True)
+class World:
+    """This process among those of the run. `World()` is a process on its own, for which nothing is communicated."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, value: Tensor) -> Tensor:
+        """Sum over all ranks, on the device of `value` (changed in place and returned)."""
+        if self.size > 1:
+            dist.all_reduce(value)
+        return value
+
+    def highest(self, value: int) -> int:
+        """The highest of a small host number over all ranks."""
+        if self.size == 1:
+            return value
+        shared = torch.tensor(value)
+        dist.all_reduce(shared, dist.ReduceOp.MAX)
+        return int(shared)
+
+    def gather(self, value: T) -> list[T]:
+        """A picklable value of every rank, in the order of ranks, on every rank."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=_host_group())
+        return values
+
+    def whole(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Sharded tensors put together on the host of rank 0, one at a time through the device; {} on the other ranks."""
+        out = {}
+        for name, tensor in tensors.items():
+            value = tensor.detach()
+            value = value.full_tensor() if isinstance(value, DTensor) else value
+            if self.first:
+                out[name] = value.cpu().contiguous()
+        return out
+
+    def on_first(self, action: Callable[[], T]) -> T:
+        """Do `action` on rank 0 and give its result, or raise its error, on all: nobody waits for a rank that failed."""
+        if self.size == 1:
+            return action()
+        outcome: list[Any] = [None, None]
+        if self.first:
+            try:
+                outcome[0] = action()
+            except Exception as error:
+                outcome[1] = error
+        dist.broadcast_object_list(outcome, src=0, group=_host_group())
+        if outcome[1] is not None:
+            raise outcome[1]
+        return outcome[0]
+
+
+_HOST_GROUP: list[Any] = []
+
+
+def _host_group() -> Any:
+    """A gloo group for host objects: NCCL would move them through GPU memory."""
+    if dist.get_backend() == "gloo":
+        return None
+    if not _HOST_GROUP:
+        _HOST_GROUP.append(dist.new_group(backend="gloo"))
+    return _HOST_GROUP[0]
+
+
+def placement() -> World:
+    """Rank, number of ranks and rank on this machine, as torchrun or Slurm (srun) tell them; connects nothing.
+
+    A Slurm job of several tasks needs MASTER_ADDR and MASTER_PORT in its environment. Raises ValueError without them.
+    """
+    env = os.environ
+    if "RANK" in env and "WORLD_SIZE" in env:
+        return World(int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0)))
+    if "SLURM_STEP_ID" in env and int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+        missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in env]
+        if missing:
+            raise ValueError(f"this Slurm step has several tasks but no {' and '.join(missing)}; export the first node's")
+        return World(int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"]), int(env.get("SLURM_LOCALID", 0)))
+    return World()
+
+
+def join(device: torch.device | str | None = None) -> tuple[World, torch.device]:
+    """Join the other processes of the run, once, and choose the device: this rank's GPU where there are GPUs."""
+    world = placement()
+    kind = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if world.size == 1:
+        return world, kind
+    if kind.type == "cuda":
+        kind = torch.device("cuda", world.local_rank)
+        torch.cuda.set_device(kind)
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if kind.type == "cuda" else "gloo"
+        dist.init_process_group(backend, rank=world.rank, world_size=world.size)
+    return world, kind
+
+
+def leave() -> None:
+    """Close the connection to the other processes, if there is one."""
+    _HOST_GROUP.clear()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+class _LossModule(nn.Module):
+    """A task as a module, for DistributedDataParallel to see forward and parameters."""
+
+    def __init__(self, task: Task[Any]) -> None:
+        super().__init__()
+        self.task = task
+        self.model = task.model
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        return self.task.loss(batch)
+
+
+def distribute(task: Task[Any], mode: Literal["ddp", "fsdp"], world: World) -> Loss:
+    """Spread `task.model`, whose parameters must be the same on all ranks, and give its loss function.
+
+    Gradients are averaged over ranks in the backward of a step's last batch only. Call before the optimiser is built.
+    """
+    if world.size == 1:
+        return lambda batch, last: task.loss(batch)
+    if mode == "ddp":
+        module = _LossModule(task)
+        ids = [task.device.index] if task.device.type == "cuda" else None
+        with warnings.catch_warnings():
+            # torch 2.13 renames broadcast_buffers; 2.11 and 2.12 know no other name. Our buffers are constants.
+            warnings.filterwarnings("ignore", "`broadcast_buffers`", FutureWarning)
+            ddp = DistributedDataParallel(module, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+        def replicated(batch: Batch, last: bool) -> dict[str, Tensor]:
+            with contextlib.nullcontext() if last else ddp.no_sync():
+                return ddp(batch)
+
+        return replicated
+    mesh = init_device_mesh(task.device.type, (world.size,))
+    for block in [m for m in task.model.modules() if isinstance(m, Block)]:
+        # With LayerScale a block's gamma is used by the next one: it must outlive its block's forward.
+        fully_shard(block, mesh=mesh, reshard_after_forward=block.gamma_2 is None)
+    fully_shard(task.model, mesh=mesh)
+    model: Any = task.model
+    assert isinstance(model, FSDPModule)
+
+    def sharded(batch: Batch, last: bool) -> dict[str, Tensor]:
+        model.set_requires_gradient_sync(last)
+        return task.loss(batch)
+
+    return sharded
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's slice of a sharded tensor, sharing its memory; any other tensor as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def join_like(shard: Tensor, like: Tensor) -> Tensor:
+    """This rank's slice of something split as `like` is, as one sharded tensor; as it is where `like` is whole."""
+    if not isinstance(like, DTensor):
+        return shard
+    return DTensor.from_local(shard, like.device_mesh, like.placements, shape=like.shape, stride=like.stride())
+
+
+def slice_like(value: Tensor, like: Tensor) -> Tensor:
+    """This rank's slice of the whole tensor `value`, split as `like` is; nothing is communicated."""
+    if not isinstance(like, DTensor):
+        return value
+    placed = distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+    return placed.to_local()
+
+
+def norm(gradients: list[Tensor], sharded: bool, world: World) -> Tensor:
+    """Euclidean norm over all gradients: of slices on all ranks if `sharded`, else of this rank's; a device scalar."""
+    value = torch.nn.utils.get_total_norm(gradients)
+    return world.sum(value.square()).sqrt() if sharded else value
