@@ -7,8 +7,8 @@ import torch
 
 from tests import tiny_runs as tiny
 from vmae2_fast.config import MixConfig, TrainConfig
+from vmae2_fast.data import Batch, VideoViews
 from vmae2_fast.data.augment import mix_clips, mix_targets, plan_mix
-from vmae2_fast.data.loader import Batch, VideoViews
 from vmae2_fast.tasks import ClassifyTask, create_task
 from vmae2_fast.tasks.base import view_batches
 from vmae2_fast.tasks.classify import shuffle_frames

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from tests import tiny_runs as tiny
 from tests.golden.support import golden_root
-from vmae2_fast.data.loader import Batch, VideoViews
+from vmae2_fast.data import Batch, VideoViews
 from vmae2_fast.models import build_model
 from vmae2_fast.models.weights import save_weights
 from vmae2_fast.tasks import DistillTask, create_task

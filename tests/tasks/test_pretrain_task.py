@@ -7,7 +7,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests import tiny_runs as tiny
 from vmae2_fast.config import MaskConfig
-from vmae2_fast.data.loader import Batch, VideoViews
+from vmae2_fast.data import Batch, VideoViews
 from vmae2_fast.tasks import PretrainTask, create_task
 from vmae2_fast.tasks.pretrain import nearest_visible
 from vmae2_fast.train.optim import Optimizer
