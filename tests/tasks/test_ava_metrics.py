@@ -88,7 +88,7 @@ def test_score_command(scenes: Path, capsys: pytest.CaptureFixture[str], tmp_pat
     for arguments, message in (
         ([*command[:3], str(tmp_path / "bad.csv")], "bad.csv:1: expected"),
         ([*command[:3], str(tmp_path / "gone.csv")], "gone.csv: cannot be read"),
-        (["score", "avs"], "unknown command 'score avs'; did you mean score ava"),
+        (["draw", "avs"], "unknown command 'draw avs'; did you mean draw ava"),
     ):
         with pytest.raises(SystemExit) as stop:
             cli.main(arguments)
