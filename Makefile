@@ -8,7 +8,7 @@ OUT ?= runs/demo
 NATIVE := $(if $(shell command -v c++ || command -v g++ || command -v clang++),require,auto)
 SOURCES := setup.py pyproject.toml CMakeLists.txt constraints.txt $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/*)
 
-.PHONY: help demo test drills recipes-smoke lint bench aot sanitize gpu-check clean
+.PHONY: help demo test drills recipes-smoke lint bench aot sanitize fuzz gpu-check clean
 help:
 	@echo "make demo               progressive training on encoded video, report in $(OUT)/report.html"
 	@echo "make demo CLIPS=DIR     the same on a folder of labelled videos, in runs/clips"
@@ -19,6 +19,7 @@ help:
 	@echo "make bench              microbenchmarks beside the honest alternatives"
 	@echo "make aot                compile every GPU kernel without a GPU, print registers, shared memory and spills"
 	@echo "make sanitize           native kernels under AddressSanitizer and UndefinedBehaviorSanitizer"
+	@echo "make fuzz               500 mutated video files: none may crash, hang or be decoded wrong"
 	@echo "make gpu-check          everything that needs a GPU, with the running interpreter; needs no network"
 	@echo "make clean              remove builds and caches, keep runs"
 
@@ -53,6 +54,9 @@ recipes-smoke: $(VENV)/.dev
 sanitize: $(VENV)/.dev
 	$(BIN)/python -m tests.cuda_emulator.sanitize
 
+fuzz: $(VENV)/.dev
+	VMAE2_FUZZ=500 $(BIN)/python -m pytest -q tests/data/test_fuzz.py
+
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy vmae2_fast recipes
@@ -73,6 +77,7 @@ bench: $(VENV)/.dev
 	$(BIN)/python -m pytest -q benchmarks/test_ops.py --benchmark-json=$(RESULTS)/ops.json --benchmark-columns=median,iqr,rounds $(ARGS)
 	$(BIN)/python -m vmae2_fast.benchmarks.report $(RESULTS)/ops.json
 	$(BIN)/python -m pytest -q benchmarks/test_manifest.py --benchmark-json=$(RESULTS)/manifest.json --benchmark-columns=median,iqr,rounds
+	$(BIN)/python -m pytest -q benchmarks/test_data.py --benchmark-json=$(RESULTS)/data.json --benchmark-columns=median,iqr,rounds
 
 # The running interpreter with its own torch; nothing is downloaded. In place, so that the tests see the built extension.
 gpu-check:

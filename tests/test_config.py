@@ -77,9 +77,9 @@ def test_unknown_keys_and_files_are_named(tmp_path) -> None:
         )),
         (lambda: TrainConfig(validate_every=-1), r"^train\.validate_every=-1: must be at least 0$"),
         *((lambda key=key: DataConfig(**{key: 0}), rf"^data\.{key}=0: must be at least 1$")
-          for key in ("stride", "views", "workers", "prefetch")),
+          for key in ("stride", "views", "prefetch")),
         *((lambda key=key: DataConfig(**{key: -1}), rf"^data\.{key}=-1: must be at least 0$")
-          for key in ("cache_mb", "max_attempts")),
+          for key in ("workers", "cache_mb", "max_attempts")),
         *((lambda rate=rate: DataConfig(max_bad_rate=rate), rf"data\.max_bad_rate={rate}: must lie above 0")
           for rate in (0.0, 1.5, float("nan"))),
         (lambda: SourceConfig(name="s", stride=0), r"source\.stride=0: must be at least 1"),

@@ -17,7 +17,8 @@ from tests import tiny_runs as tiny
 from tests.golden.support import golden_root
 from vmae2_fast import cli, evaluation
 from vmae2_fast.config import DataConfig, SourceConfig, ViewsConfig
-from vmae2_fast.data import loader as loader_module
+from vmae2_fast.data import EvaluationLoader
+from vmae2_fast.data import workers as workers_module
 from vmae2_fast.evaluation import Ranks, evaluate, score
 from vmae2_fast.inference import load_model
 from vmae2_fast.models import build_model, save_weights
@@ -57,7 +58,7 @@ def _files(out: Path) -> dict[str, object]:
 def test_metrics_are_those_of_the_model_by_hand(weights, clips, tmp_path):
     metrics = _run(weights, clips, tmp_path)
     loaded = load_model(weights)
-    videos = list(loader_module.EvaluationLoader(_data(clips), frames=tiny.FRAMES, size=tiny.SIZE, segments=2, crops=2))
+    videos = list(EvaluationLoader(_data(clips), frames=tiny.FRAMES, size=tiny.SIZE, segments=2, crops=2))
     with torch.no_grad():
         chosen = [int(loaded.model(v.clips).double().softmax(-1).mean(0).argmax()) for v in videos]
     right = [c == v.label for c, v in zip(chosen, videos)]
@@ -77,12 +78,13 @@ def test_frames_decoded_are_a_tenth_of_the_official_scripts(weights, tmp_path, m
     clips = tiny.write_clips(tmp_path / "clips", per_class=1, frames=300)
     decoded = []
 
-    def spy(path, ids, decode=loader_module.decode_video):
+    def spy(path, ids, decode=workers_module.decode_video):
         decoded.append((path, len(np.unique(ids))))
         return decode(path, ids)
 
-    monkeypatch.setattr(loader_module, "decode_video", spy)
-    data = DataConfig(sources=(SourceConfig(name="long", root=str(clips)),), stride=4, sampling="dense", crop="center")
+    monkeypatch.setattr(workers_module, "decode_video", spy)
+    source = SourceConfig(name="long", root=str(clips))
+    data = DataConfig(sources=(source,), stride=4, sampling="dense", crop="center", workers=0)
     evaluate(load_model(weights), data, tmp_path / "out", views=ViewsConfig(segments=5, crops=3))
     assert len({path for path, _ in decoded}) == len(decoded) == 2
     assert sum(frames for _, frames in decoded) <= 0.1 * 2 * 15 * 75
@@ -107,8 +109,8 @@ def test_an_interrupted_test_goes_on_and_ends_the_same(weights, clips, tmp_path,
     done = PredictionStore(tmp_path / "cut").finished()
     assert done == {0, 1}
     read = []
-    original = loader_module.EvaluationLoader._views
-    monkeypatch.setattr(loader_module.EvaluationLoader, "_views", lambda self, i: (read.append(i), original(self, i))[1])
+    original = EvaluationLoader._job
+    monkeypatch.setattr(EvaluationLoader, "_job", lambda self, i, memory: (read.append(i), original(self, i, memory))[1])
     assert _run(weights, clips, tmp_path / "cut") == whole
     assert sorted(read) == [2, 3, 4, 5]
     read.clear()

@@ -67,7 +67,7 @@ def eval(
         frames: frames of a clip, where it differs from what the weights say.
         size: height and width of a clip, where it differs from what the weights say.
         batch: clips of one forward.
-        workers: decoder threads.
+        workers: decoder processes.
         precision: bfloat16 runs the model under autocast.
         out: folder for predictions, metrics.json and confusion.png; default eval beside the weights' run, or ./eval.
         shard: I/N, the I-th (from 1) of N shares.

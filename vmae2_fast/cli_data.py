@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from . import cli_files
 from .config import DistillConfig, Progression, Stage, unknown
 
 
@@ -134,14 +135,15 @@ def _weights(stage: Stage) -> dict[str, str]:
     return {key: path for key, path in named.items() if path and not path.startswith(("stage:", "hf:"))}
 
 
-COMMANDS: dict[str, Callable[..., Any]] = {"build": build}
+COMMANDS: dict[str, Callable[..., Any]] = {"build": build, **cli_files.COMMANDS}
 
 
 def data(arguments: list[str]) -> Any:
-    """Make lists of clips, and look for what they name, before anything is trained.
+    """Make lists of clips, look for what they name, and look at or rewrite their files, before anything is trained.
 
     Example: vmae2 data build labelled --out lists/k710
     Example: vmae2 data check pretrain:vit_base_hybrid
+    Example: vmae2 data verify lists/k710/train.csv --root /data/k400
     """
     from .cli import call, usage
 

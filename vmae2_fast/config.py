@@ -190,19 +190,22 @@ class DataConfig:
     flip: bool = False
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     workers: int = 2
-    """Decoder threads."""
+    """Decoder processes; 0 decodes in a thread of the training process, where `timeout_s` cannot be kept."""
     prefetch: int = 4
     """Batches kept ready."""
     cache_mb: int = 0
     """Keep decoded short videos in memory up to this many MiB; worth it for sets that fit."""
+    timeout_s: float = 60.0
+    """Seconds a clip may take: then its process is ended and the clip counts as one that cannot be decoded."""
     max_attempts: int = 8
     """Replacements tried for a clip that cannot be decoded."""
     max_bad_rate: float = 0.5
     """Stop when more than this share of the clips had to be replaced."""
 
     def __post_init__(self) -> None:
-        _at_least(self, "data", 1, "stride", "views", "workers", "prefetch")
-        _at_least(self, "data", 0, "cache_mb", "max_attempts")
+        _at_least(self, "data", 1, "stride", "views", "prefetch")
+        _at_least(self, "data", 0, "workers", "cache_mb", "max_attempts")
+        require(self.timeout_s > 0, f"data.timeout_s={self.timeout_s}: must be above 0")
         rate = self.max_bad_rate
         require(0 < rate <= 1, f"data.max_bad_rate={rate}: must lie above 0 and be at most 1")
 

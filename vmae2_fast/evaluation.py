@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 from .config import DataConfig, ViewsConfig, to_dict
-from .data.loader import EvaluationLoader
+from .data.evaluation_loader import EvaluationLoader
 from .inference import Loaded
 from .models.kinetics import check_label_map, class_names
 from .models.weights import write_whole

@@ -118,7 +118,7 @@ def _curves(progression: Progression, out: Path) -> Path:
 
 
 def _reconstructions(stage: PretrainConfig, out: Path, judged: str) -> dict[str, Path]:
-    from .data.loader import EvaluationLoader
+    from .data.evaluation_loader import EvaluationLoader
     from .models import build_model
     from .models.weights import load_weights
     from .reconstruct import reconstruct, save_gif, save_png, sheet

@@ -138,19 +138,19 @@ def test_folders_of_images_give_the_clip_of_the_video(tmp_path: Path) -> None:
     assert key_frame_index(str(root / "videos" / f"{frame.video}.mp4"), False, FRAMES, frame, data) == 24
 
 
-def test_a_mirrored_clip_mirrors_its_boxes_and_threads_change_nothing(tmp_path: Path) -> None:
+def test_a_mirrored_clip_mirrors_its_boxes_and_processes_change_nothing(tmp_path: Path) -> None:
     root = write_ava_scenes(tmp_path / "scenes", train=4, val=1)
     data = AvaDataConfig(
         videos=str(root / "videos"), annotations=str(root / "train.csv"), workers=1, short_side=(48, 48), box_jitter=False
     )
     seen = []
-    for flip, workers in ((False, 1), (True, 1), (True, 3)):
+    for flip, workers in ((False, 1), (True, 0), (True, 3)):
         changed = dataclasses.replace(data, flip=flip, workers=workers)
         with AvaLoader(changed, frames=4, size=48, clips_per_batch=4) as loader:
             seen.append(next(iter(loader)))
-    plain, mirrored, threaded = seen
-    assert mirrored.clip.equal(threaded.clip)
-    assert mirrored.boxes.equal(threaded.boxes)
+    plain, mirrored, several = seen
+    assert mirrored.clip.equal(several.clip)
+    assert mirrored.boxes.equal(several.boxes)
     turned = 0
     for i in range(4):
         a, b = (batch.boxes[batch.boxes[:, 0] == i, 1:] for batch in (plain, mirrored))
@@ -161,6 +161,28 @@ def test_a_mirrored_clip_mirrors_its_boxes_and_threads_change_nothing(tmp_path: 
             np.testing.assert_allclose(b[:, 0], 47 - a[:, 2].clip(max=48), atol=1e-4)
             turned += 1
     assert 0 < turned <= 4
+
+
+def test_evaluation_is_the_same_from_processes_and_leaves_out_what_is_damaged(tmp_path: Path) -> None:
+    root = write_ava_scenes(tmp_path / "scenes", train=1, val=3)
+    data = AvaDataConfig(
+        videos=str(root / "videos"), annotations=str(root / "val.csv"), boxes=str(root / "people.csv"), short_side=(32, 32),
+        max_bad_rate=1.0,
+    )  # fmt: skip
+    frames = key_frames(read_annotations(root / "val.csv"))
+    bad = root / "videos" / f"{frames[0].video}.mp4"
+    bad.write_bytes(bad.read_bytes()[:200])
+    here, there = (
+        list(AvaEvaluationLoader(dataclasses.replace(data, workers=workers), frames=4, size=48)) for workers in (0, 2)
+    )
+    assert [clip.frame.name for clip in here] == [clip.frame.name for clip in there]
+    assert {clip.frame.video for clip in here} == {frame.video for frame in frames} - {bad.stem}
+    for a, b in zip(here, there):
+        assert min(a.clip.shape[1:3]) == 32
+        assert a.clip.equal(b.clip)
+        assert a.boxes.equal(b.boxes)
+        assert np.array_equal(a.shares, b.shares)
+        assert np.array_equal(a.scores, b.scores)
 
 
 def test_evaluation_without_anybody_is_an_error_not_a_score(tmp_path: Path) -> None:

@@ -7,13 +7,14 @@ import re
 import shutil
 import wave
 from pathlib import Path
+from typing import NamedTuple
 
 import av
 import numpy as np
 import pytest
 
-from vmae2_fast.data import DecodeError, decode, decode_video, prepare, probe
-from vmae2_fast.data.decode import VIDEO_SUFFIXES, FrameCache, decode_image, decode_images
+from vmae2_fast.data import DecodeError, decode, decode_video, prepare, probe, sampling
+from vmae2_fast.data.decode import VIDEO_SUFFIXES, FrameCache, decode_image, decode_images, decode_timed, repeated
 
 FRAMES = 40
 GOOD = (
@@ -183,30 +184,6 @@ def test_cache_fills_and_holds():
     assert not cache.has_room(51)
 
 
-def _check_given_clip(path: str, text: str) -> None:
-    """A clip against what its README row says of it and against plain decoding from the start."""
-    if "not open" in text or "audio only" in text:
-        with pytest.raises(DecodeError, match=re.escape(path)):
-            probe(path)
-        return
-    count = probe(path).num_frames
-    stated = re.search(r"(\d+)x(\d+).*?(\d+) frames", text)
-    damaged = "error" in text
-    assert damaged or stated is None or count == int(stated[3])
-    reachable = min(count, 120)
-    oracle = _sequential(path, reachable)
-    rng = np.random.RandomState(count)
-    for _ in range(2):
-        ids = np.minimum(rng.randint(max(reachable - 32, 1)) + 2 * np.arange(16), reachable - 1)
-        try:
-            frames = decode_video(path, ids)
-        except DecodeError:
-            assert damaged
-            continue
-        assert stated is None or sorted(frames.shape[1:3]) == sorted((int(stated[1]), int(stated[2])))
-        np.testing.assert_array_equal(frames, np.stack([oracle[k] for k in ids]))
-
-
 def _given() -> list[tuple[str, str]]:
     """(path, README description) of every video under VMAE2_CLIPS; none where it is not set."""
     root = os.environ.get("VMAE2_CLIPS")
@@ -219,30 +196,78 @@ def _given() -> list[tuple[str, str]]:
     return [(str(path), described.get(path.relative_to(root).as_posix(), "")) for path in files]
 
 
-if GIVEN := _given():
+class Examined(NamedTuple):
+    """What the windows of a file came to, and why those that were refused were."""
 
-    @pytest.mark.parametrize(("path", "text"), [pytest.param(p, t, id=os.path.basename(p)) for p, t in GIVEN])
-    def test_given_clips(path: str, text: str) -> None:
-        _check_given_clip(path, text)
-
-
-def test_every_kind_of_file_against_plain_decoding(clips):
-    for name in GOOD:
-        _check_given_clip(str(clips / "good" / name), "")
+    status: str
+    reason: str
 
 
-def _sequential(path: str, count: int) -> list[np.ndarray]:
-    """The first `count` frames in order of presentation, by plain decoding."""
+def _examine(path: str, stated: str) -> Examined:
+    """Windows of a file, long and filled up, against a decode of the whole file: equal frame for frame, or refused."""
+    try:
+        info = probe(path)
+    except DecodeError as error:
+        return Examined("refused", error.reason)
+    size = re.search(r"(\d+)x(\d+).*?(\d+) frames", stated)
+    damaged = "error" in stated
+    assert damaged or size is None or info.num_frames == int(size[3])
+    count = min(info.num_frames, 160)
+    pictures, times = _sequential(path, count)
+    rng = np.random.RandomState(info.num_frames)
+    windows = [sampling.pretrain_indices(count, 16, stride, rng) for stride in (1, 2, 4, 4)]
+    windows.append(sampling.segment_test_views(count, 8, 2).reshape(-1))
+    refusals = []
+    for ids in windows:
+        try:
+            decoded = decode_timed(path, ids)
+        except DecodeError as error:
+            refusals.append(error.reason)
+            continue
+        assert size is None or sorted(decoded.frames.shape[1:3]) == sorted((int(size[1]), int(size[2])))
+        np.testing.assert_array_equal(decoded.frames, np.stack([pictures[k] for k in ids]))
+        if decoded.pts is not None:
+            np.testing.assert_array_equal(decoded.pts, info.pts[ids])
+            assert decoded.pts.tolist() == [times[k] for k in ids]
+        shown = np.array([np.array_equal(a, b) for a, b in zip(ids[1:], ids)])
+        np.testing.assert_array_equal(repeated(ids)[1:], shown)
+    assert damaged or not refusals or stated == "", refusals
+    if len(refusals) == len(windows):
+        return Examined("refused", refusals[0])
+    how = "exact" if info.pts is not None else "exact, frames counted"
+    return Examined(how, f"{len(refusals)} of {len(windows)} windows refused: {refusals[0]}" if refusals else "")
+
+
+def test_every_file_is_exact_or_refused_with_a_reason(clips, capsys):
+    """Prints file, status, reason of all of VMAE2_CLIPS and of the clips encoded for these tests."""
+    own = [(str(path), "") for kind in ("good", "bad") for path in sorted((clips / kind).iterdir())]
+    files = [*_given(), *own]
+    results = {path: _examine(path, stated) for path, stated in files}
+    width = max(len(os.path.basename(path)) for path in results)
+    with capsys.disabled():
+        print()
+        for path, result in results.items():
+            print(f"{os.path.basename(path):<{width}}  {result.status:<21}  {result.reason}")
+    for path, stated in files:
+        status = results[path].status
+        unusable = "not open" in stated or "audio only" in stated or "/bad/" in path
+        assert status == "refused" if unusable else (status != "refused" or "error" in stated), f"{path}: {results[path]}"
+
+
+def _sequential(path: str, count: int) -> tuple[list[np.ndarray], list[int]]:
+    """The first `count` frames in order of presentation and their timestamps, by plain decoding."""
     frames: list[np.ndarray] = []
+    times: list[int] = []
     with av.open(path, metadata_errors="ignore") as container:
         try:
             for frame in container.decode(video=0):
-                frames.append(np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90)))
+                frames.append(np.rot90(frame.to_ndarray(format="rgb24", threads=1), round(frame.rotation / 90)))
+                times.append(frame.pts)
                 if len(frames) == count:
                     break
         except av.FFmpegError:
             pass  # a damaged clip: what came before is what can be compared
-    return frames
+    return frames, times
 
 
 def test_probing_needs_the_file_only(clips, tmp_path):

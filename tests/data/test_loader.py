@@ -1,9 +1,10 @@
-"""Batches: right clips in the right order whatever the threads, bad files replaced, counted and named."""
+"""Batches: right clips in the right order whatever the processes, bad files replaced, counted and named."""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import multiprocessing
 import shutil
 import threading
 
@@ -13,7 +14,7 @@ import torch
 
 from vmae2_fast.config import AugmentConfig, DataConfig, SourceConfig
 from vmae2_fast.data import BadDataError, EvaluationLoader, ManifestError, VideoLoader
-from vmae2_fast.data import loader as loader_module
+from vmae2_fast.data import workers as workers_module
 from vmae2_fast.data.decode import decode_video
 from vmae2_fast.data.plan import cut_views
 from vmae2_fast.data.sampling import Purpose, counter_rng
@@ -51,8 +52,10 @@ def _loader(videos, *names, steps=4, start=0, clips=5, rank=0, world=1, quaranti
         rank=rank, world=world, quarantine=quarantine)
 
 
-def _threads():
-    return [thread for thread in threading.enumerate() if thread.name.startswith("vmae2-decode")]
+def _left():
+    """Decoders that still run."""
+    threads = [thread for thread in threading.enumerate() if thread.name.startswith("vmae2-decode")]
+    return threads + [process for process in multiprocessing.active_children() if "pebble" in process.name]
 
 
 def _same(a, b):
@@ -81,9 +84,12 @@ def test_batches(videos):
     paths = [path for batch in batches for path in batch.paths[::2]]
     assert len(set(paths[:13])) == 13
     assert paths[:7] != paths[13:]
-    assert loader.stats == {"decoded": 20, "replaced": 0, "bad": {}}
+    stats = loader.stats
+    assert (stats["decoded"], stats["replaced"], stats["bad"]) == (20, 0, {})
+    assert stats["decode_s"] > 0
+    assert stats["wait_s"] > 0
     assert loader.position == 20
-    assert not _threads()
+    assert not _left()
 
 
 def test_pixels_are_those_of_the_planned_frames(videos, read_numbers):
@@ -101,9 +107,9 @@ def test_pixels_are_those_of_the_planned_frames(videos, read_numbers):
             assert read_numbers(framed) == [(first + k) & 0b01111110 for k in ids]
 
 
-def test_same_batches_for_any_number_of_threads_and_any_prefetch(videos):
+def test_same_batches_for_any_number_of_processes_and_any_prefetch(videos):
     reference = list(_loader(videos, workers=1, prefetch=1, views=2, flip=True))
-    for values in ({"workers": 4, "prefetch": 1}, {"workers": 3, "prefetch": 9}, {"cache_mb": 16}):
+    for values in ({"workers": 4, "prefetch": 1}, {"workers": 0, "prefetch": 9}, {"cache_mb": 16}):
         assert all(_same(a, b) for a, b in zip(reference, _loader(videos, views=2, flip=True, **values), strict=True))
 
 
@@ -152,12 +158,12 @@ def test_resume_continues_where_it_was(videos):
         seen.append(batch)
         if len(seen) == 3:
             break
-    assert not _threads()
+    assert not _left()
     assert loader.position == 15
     with contextlib.closing(iter(loader)) as batches:
         seen.append(next(batches))
     assert all(_same(a, b) for a, b in zip(whole[:4], seen, strict=True))
-    assert not _threads()
+    assert not _left()
 
 
 def test_devices_share_the_positions(videos):
@@ -169,12 +175,12 @@ def test_devices_share_the_positions(videos):
         assert batch.paths == parts[0].paths + parts[1].paths
 
 
-def test_closing_ends_the_threads(videos):
+def test_closing_ends_the_processes(videos):
     with _loader(videos, steps=None, workers=3) as loader:
         batches = iter(loader)
         next(batches)
-        assert len(_threads()) == 3
-    assert not _threads()
+        assert len(multiprocessing.active_children()) == 3
+    assert not _left()
     with pytest.raises(StopIteration):
         next(batches)
     loader.close()
@@ -182,9 +188,9 @@ def test_closing_ends_the_threads(videos):
 
 def test_views_share_one_decode(videos, monkeypatch):
     calls = []
-    decode = loader_module.decode_video
-    monkeypatch.setattr(loader_module, "decode_video", lambda path, ids: calls.append(len(ids)) or decode(path, ids))
-    batches = list(_loader(videos, "v", views=3, steps=2))
+    decode = workers_module.decode_video
+    monkeypatch.setattr(workers_module, "decode_video", lambda path, ids: calls.append(len(ids)) or decode(path, ids))
+    batches = list(_loader(videos, "v", views=3, steps=2, workers=0))
     assert calls == [4] * 10
     assert batches[0].clip.shape[0] == 15
     clips = batches[0].clip.unflatten(0, (5, 3))
@@ -193,9 +199,9 @@ def test_views_share_one_decode(videos, monkeypatch):
 
 def test_cached_videos_are_decoded_once(videos, monkeypatch):
     calls = []
-    decode = loader_module.decode_video
-    monkeypatch.setattr(loader_module, "decode_video", lambda path, ids: calls.append(path) or decode(path, ids))
-    list(_loader(videos, "v", steps=8, cache_mb=64, workers=1))
+    decode = workers_module.decode_video
+    monkeypatch.setattr(workers_module, "decode_video", lambda path, ids: calls.append(path) or decode(path, ids))
+    list(_loader(videos, "v", steps=8, cache_mb=64, workers=0, prefetch=1))
     assert len(calls) == 20  # for each of ten videos the planned frames, then all of them to keep
 
 
@@ -265,12 +271,12 @@ def test_a_broken_source_stops_the_run(damaged):
         (damaged / "v" / f"clip {i}.mp4").write_bytes(bytes(1000))
     with pytest.raises(BadDataError, match=r"no clip found for position \d+ in 9 attempts; last: .*clip \d.mp4: "):
         list(_loader(damaged, "v"))
-    assert not _threads()
+    assert not _left()
     loader = _loader(damaged, steps=20, max_bad_rate=0.3, max_attempts=500)
     message = r"of 3\d clips could not be decoded, more than data.max_bad_rate=0.3 allows; for example .*mp4"
     with pytest.raises(BadDataError, match=message):
         list(loader)
-    assert not _threads()
+    assert not _left()
 
 
 def test_bad_arguments(videos):
@@ -293,9 +299,9 @@ def test_unlabelled_sources_give_minus_one(videos, tmp_path):
 @pytest.mark.parametrize("sampling", ["dense", "segment"])
 def test_evaluation_decodes_each_video_once_for_all_views(videos, monkeypatch, sampling):
     calls = []
-    decode = loader_module.decode_video
-    monkeypatch.setattr(loader_module, "decode_video", lambda path, ids: calls.append(path) or decode(path, ids))
-    loader = EvaluationLoader(_data(videos, sampling=sampling), frames=4, size=48, segments=3, crops=3)
+    decode = workers_module.decode_video
+    monkeypatch.setattr(workers_module, "decode_video", lambda path, ids: calls.append(path) or decode(path, ids))
+    loader = EvaluationLoader(_data(videos, sampling=sampling, workers=0), frames=4, size=48, segments=3, crops=3)
     views = list(loader)
     assert len(views) == len(loader) == loader.num_videos == 13
     assert len(calls) == 10
@@ -308,7 +314,7 @@ def test_evaluation_decodes_each_video_once_for_all_views(videos, monkeypatch, s
     clips = views[4].clips.unflatten(0, (3, 3))
     assert torch.equal(clips[:, 0, :, :, 16:], clips[:, 2, :, :, :-16])
     assert not torch.equal(clips[0, 0], clips[1, 0])
-    assert not _threads()
+    assert not _left()
 
 
 def test_one_view_is_the_centre(videos):

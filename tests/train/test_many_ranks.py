@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from tests import tiny_runs as tiny
-from vmae2_fast.data.loader import VideoLoader
+from vmae2_fast.data import VideoLoader, workers
 from vmae2_fast.train.loop import split_batch
 from vmae2_fast.train.parallel import World, placement
 
@@ -21,12 +22,13 @@ def clips(tmp_path_factory) -> Path:
 
 def _positions(config, ranks: int, steps: int, start: int, monkeypatch) -> list[list[int]]:
     """Positions of every step, in the order of micro-batch and rank."""
-    monkeypatch.setattr(VideoLoader, "_fill", lambda self, position, out: (0, "", []))
+    monkeypatch.setattr(workers, "run_job", lambda job, out, video: workers.Done(np.zeros(2, np.int64), 0.0, None, None))
+    data = dataclasses.replace(config.data, workers=0)
     micro, batches = split_batch(config, ranks)
     rows: list[list[list[int]]] = []
     for rank in range(ranks):
         with VideoLoader(
-            config.data, frames=2, size=8, clips_per_batch=micro, start=start, steps=steps * batches, rank=rank, world=ranks
+            data, frames=2, size=8, clips_per_batch=micro, start=start, steps=steps * batches, rank=rank, world=ranks
         ) as loader:
             rows.append([batch.position.tolist() for batch in loader])
     return [

@@ -1,8 +1,9 @@
 """Video in, uint8 clips out. Importing this needs neither PyAV nor a GPU."""
 
 from .decode import DecodeError, decode_video, probe
+from .evaluation_loader import EvaluationLoader, VideoViews
 from .lists import ManifestError
-from .loader import BadDataError, Batch, EvaluationLoader, Replaced, VideoLoader, VideoViews
+from .loader import BadDataError, Batch, Replaced, VideoLoader
 from .manifest import Manifest, Record, Source, open_sources, read_datasets
 from .schedule import Mixture
 

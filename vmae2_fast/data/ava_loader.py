@@ -7,7 +7,9 @@ and the boxes go along and jitter; evaluation keeps whole frames and extends the
 
 from __future__ import annotations
 
+import functools
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -20,9 +22,11 @@ from . import boxes as geometry
 from . import sampling
 from .ava import AvaError, KeyFrame, key_frames, read_annotations, read_exclusions, read_person_boxes
 from .decode import VIDEO_SUFFIXES, DecodeError, image_files, probe
-from .loader import Draw, EvaluationLoader, Replaced, VideoLoader
+from .evaluation_loader import EvaluationLoader
+from .loader import Draw, Finished, Replaced, VideoLoader, pinned
 from .manifest import Manifest, Record, Source
 from .sampling import Purpose, counter_rng
+from .workers import Done, Job, MemoryPool
 
 _CROPS = 10  # drawn before the window is put on a box
 
@@ -76,6 +80,11 @@ def key_frame_index(path: str, folder: bool, count: int, frame: KeyFrame, data: 
         begin, end = data.start_second, data.start_second + length
         raise DecodeError(path, f"key frame at {frame.second:g} s lies outside the video ({begin:g} to {end:.1f} s)")
     return index
+
+
+def _clip_ids(locate: Callable[[int], int], frames: int, stride: int, count: int) -> np.ndarray:
+    span = frames * stride
+    return np.clip(locate(count) - span // 2 + temporal_crop(span, frames, stride), 0, count - 1)
 
 
 class _KeyFrames:
@@ -137,75 +146,84 @@ class _KeyFrames:
             raise AvaError(f"{path}: holds no image")
         return Record(name, 0, total, -1)
 
-    def _read(self, reader: Any, source: Source, index: int) -> tuple[torch.Tensor, str, KeyFrame]:
+    def _choice(self, source: Source, index: int) -> Callable[[int], np.ndarray]:
+        """`Job.choose` of a key frame."""
         record, frame = source.manifest[index], self.key_frames[index]
-        path, span = source.path(record), self.frames * source.stride
-
-        def choose(count: int) -> np.ndarray:
-            key = key_frame_index(path, record.total >= 0, count, frame, self.data)
-            return np.clip(key - span // 2 + temporal_crop(span, self.frames, source.stride), 0, count - 1)
-
-        video, path = reader(source, record, choose)
-        return video, path, frame
+        locate = functools.partial(key_frame_index, source.path(record), record.total >= 0, frame=frame, data=self.data)
+        return functools.partial(_clip_ids, locate, self.frames, source.stride)
 
 
 def _cut_name(name: str, video: str) -> bool:
     return name[len(video) :].replace("_", "").isdigit()
 
 
+def _cut_training(
+    data: AvaDataConfig, size: int, frame: KeyFrame, draw: Draw, video: torch.Tensor, out: torch.Tensor
+) -> tuple[np.ndarray, np.ndarray]:
+    """Fill `out` [1, T, size, size, C]; boxes float64 [n, 4] in its pixels, and their labels."""
+    height, width = video.shape[1:3]
+
+    def rng(purpose: Purpose) -> np.random.RandomState:
+        return counter_rng(draw.seed, draw.epoch, draw.position, 0, purpose, draw.attempt)
+
+    low, high = data.short_side
+    short = max(int(rng(Purpose.SCALE).randint(low, high + 1)), size)
+    scaled = sampling.short_side(height, width, short)
+    shares, labels, random = frame.boxes, frame.labels, rng(Purpose.BOXES)
+    if len(shares) > data.max_boxes:
+        kept = np.sort(random.permutation(len(shares))[: data.max_boxes])
+        shares, labels = shares[kept], labels[kept]
+    pixels = geometry.clip(geometry.from_shares(shares, width, height), width, height)
+    pixels = geometry.resize(pixels, (width, height), scaled[::-1])
+    top, left = _window(pixels, scaled, size, rng(Purpose.CROP))
+    flip = data.flip and rng(Purpose.FLIP).randint(2) == 1
+    resize_crop(video, [Window(top, left, size, size, flip, scaled)], size, out=out, threads=1)
+    cut = geometry.crop(pixels, left, top, size, size)
+    inside = geometry.has_area(cut)
+    cut, labels = cut[inside], labels[inside]
+    if flip:
+        cut = geometry.flip(cut, size)
+    uniform = random.uniform(size=(4, len(cut)))
+    cut = geometry.jitter(cut, uniform, size, size) if data.box_jitter else geometry.clip(cut, size, size)
+    return cut, labels
+
+
+def _window(boxes: np.ndarray, scaled: tuple[int, int], size: int, rng: Any) -> tuple[int, int]:
+    """(top, left) of a random window that shows a part of some box; at last one on the first box."""
+    spare = scaled[0] - size, scaled[1] - size
+    for _ in range(_CROPS):
+        top, left = (int(rng.randint(n + 1)) for n in spare)
+        if geometry.has_area(geometry.crop(boxes, left, top, size, size)).any():
+            return top, left
+    x, y = (boxes[0, :2] + boxes[0, 2:] - size) / 2
+    return int(np.clip(y, 0, spare[0])), int(np.clip(x, 0, spare[1]))
+
+
 class AvaLoader(_KeyFrames, VideoLoader):
     """Training batches (`AvaBatch`) of annotated key frames. Arguments and errors as those of `VideoLoader`, AvaError for
     annotation files that cannot be used or name videos that are not there."""
 
-    def _cut(self, source: Source, index: int, out: torch.Tensor, draw: Draw) -> tuple[Any, str]:
-        video, path, frame = self._read(self.read, source, index)
-        height, width = video.shape[1:3]
+    def _work(self, source: Source, index: int, draw: Draw) -> tuple[Callable[..., Any], Callable[..., Any]]:
+        cut = functools.partial(_cut_training, self.data, self.size, self.key_frames[index], draw)
+        return self._choice(source, index), cut
 
-        def rng(purpose: Purpose) -> np.random.RandomState:
-            return counter_rng(draw.seed, draw.epoch, draw.position, 0, purpose, draw.attempt)
-
-        low, high = self.data.short_side
-        short = max(int(rng(Purpose.SCALE).randint(low, high + 1)), self.size)
-        scaled = sampling.short_side(height, width, short)
-        shares, labels, random = frame.boxes, frame.labels, rng(Purpose.BOXES)
-        if len(shares) > self.data.max_boxes:
-            kept = np.sort(random.permutation(len(shares))[: self.data.max_boxes])
-            shares, labels = shares[kept], labels[kept]
-        pixels = geometry.clip(geometry.from_shares(shares, width, height), width, height)
-        pixels = geometry.resize(pixels, (width, height), scaled[::-1])
-        top, left = self._window(pixels, scaled, rng(Purpose.CROP))
-        flip = self.data.flip and rng(Purpose.FLIP).randint(2) == 1
-        resize_crop(video, [Window(top, left, self.size, self.size, flip, scaled)], self.size, out=out, threads=1)
-        cut = geometry.crop(pixels, left, top, self.size, self.size)
-        inside = geometry.has_area(cut)
-        cut, labels = cut[inside], labels[inside]
-        if flip:
-            cut = geometry.flip(cut, self.size)
-        uniform = random.uniform(size=(4, len(cut)))
-        side = self.size
-        cut = geometry.jitter(cut, uniform, side, side) if self.data.box_jitter else geometry.clip(cut, side, side)
-        return (cut, labels), path
-
-    def _window(self, boxes: np.ndarray, scaled: tuple[int, int], rng: Any) -> tuple[int, int]:
-        """(top, left) of a random window that shows a part of some box; at last one on the first box."""
-        spare = scaled[0] - self.size, scaled[1] - self.size
-        for _ in range(_CROPS):
-            top, left = (int(rng.randint(n + 1)) for n in spare)
-            if geometry.has_area(geometry.crop(boxes, left, top, self.size, self.size)).any():
-                return top, left
-        x, y = (boxes[0, :2] + boxes[0, 2:] - self.size) / 2
-        return int(np.clip(y, 0, spare[0])), int(np.clip(x, 0, spare[1]))
-
-    def _collect(self, clip: torch.Tensor, positions: list[int], done: list[Any]) -> AvaBatch:
-        failures = self._count(done)
-        rows = [np.concatenate([np.full((len(boxes), 1), i), boxes], 1) for i, ((boxes, _), _, _) in enumerate(done)]
+    def _batch(self, clip: torch.Tensor, finished: list[Finished], failures: list[Replaced]) -> AvaBatch:
+        boxes, labels = zip(*(one.done.cut for one in finished))
+        rows = [np.concatenate([np.full((len(own), 1), i), own], 1) for i, own in enumerate(boxes)]
         return AvaBatch(
             clip=clip,
             boxes=torch.from_numpy(np.concatenate(rows).astype(np.float32)),
-            label=torch.from_numpy(np.concatenate([labels for (_, labels), _, _ in done])),
-            paths=tuple(path for _, path, _ in done),
+            label=torch.from_numpy(np.concatenate(labels)),
+            paths=tuple(one.path for one in finished),
             replaced=failures,
         )
+
+
+def _cut_whole(short: int, video: torch.Tensor, _: None) -> tuple[np.ndarray, tuple[int, int]]:
+    """The clip uint8 [T, H, W, C] with its short side resized to `short`, and height and width it had."""
+    height, width = video.shape[1:3]
+    scaled = sampling.short_side(height, width, short)
+    return resize_crop(video, [Window(0, 0, *scaled, scaled=scaled)], scaled, threads=1)[0].numpy(), (height, width)
 
 
 class AvaEvaluationLoader(_KeyFrames, EvaluationLoader):
@@ -224,19 +242,22 @@ class AvaEvaluationLoader(_KeyFrames, EvaluationLoader):
         unlabelled = np.zeros((0, 0), dtype=np.float32)
         return [frame._replace(boxes=self._people.get(frame.name, empty)[:, :4], labels=unlabelled) for frame in frames]
 
-    def _views(self, index: int) -> AvaClip | Replaced:
+    def _job(self, index: int, memory: MemoryPool) -> tuple[Job, None]:
         source = self.sources[0]
-        try:
-            video, _, frame = self._read(self.read, source, index)
-        except DecodeError as error:
-            return Replaced(index, error.path, error.reason)
-        height, width = video.shape[1:3]
-        scaled = sampling.short_side(height, width, self.data.short_side[0])
-        clip = resize_crop(video, [Window(0, 0, *scaled, scaled=scaled)], scaled, threads=1)[0]
+        record = source.manifest[index]
+        cut = functools.partial(_cut_whole, self.data.short_side[0])
+        # no place: how large a whole frame becomes is known only once the video is open
+        job = Job(source=source.alone(record), record=record, choose=self._choice(source, index), cut=cut, place=None)
+        return job, None
+
+    def _views(self, index: int, job: Job, out: torch.Tensor | None, done: Done) -> AvaClip:
+        frame, (clip, (height, width)) = self.key_frames[index], done.cut
+        scaled = clip.shape[1:3]
         pixels = geometry.clip(geometry.from_shares(frame.boxes, width, height), width, height)
         pixels = geometry.resize(pixels, (width, height), scaled[::-1])
         scores = np.ones(len(pixels))
         if self._people is not None:
             scores = self._people[frame.name][:, 4]
             pixels = geometry.extend(pixels, scaled[1], scaled[0], self.data.box_extension)
-        return AvaClip(clip, torch.from_numpy(pixels.astype(np.float32)), frame.boxes, scores, frame)
+        boxes = torch.from_numpy(pixels.astype(np.float32))
+        return AvaClip(pinned(torch.from_numpy(clip)), boxes, frame.boxes, scores, frame)

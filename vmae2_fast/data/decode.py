@@ -35,6 +35,9 @@ class DecodeError(Exception):
         super().__init__(f"{path}: {reason}")
         self.path, self.reason = path, reason
 
+    def __reduce__(self) -> tuple[Any, ...]:  # between processes
+        return type(self), (self.path, self.reason)
+
 
 class StreamInfo(NamedTuple):
     """What one pass over a file's packets tells."""
@@ -63,6 +66,24 @@ class StreamForm(NamedTuple):
     interlaced: bool
     streams: int
     """Video streams of the file, cover art included."""
+
+
+class Decoded(NamedTuple):
+    """Frames of a video and when they are shown."""
+
+    frames: np.ndarray
+    """RGB uint8 [T, H, W, 3]."""
+    pts: np.ndarray | None
+    """int64 [T] in units of the stream's time base, as the decoder gave them; None where frames were counted because
+    the file cannot be trusted with timestamps (see `StreamInfo.pts`)."""
+
+
+def repeated(ids: np.ndarray) -> np.ndarray:
+    """Which frames of a clip only fill it up: bool, of the shape of `ids` [..., T], true where an id was there before."""
+    ids = np.asarray(ids)
+    flags = np.zeros(ids.shape, dtype=bool)
+    flags[..., 1:] = ids[..., 1:] == ids[..., :-1]
+    return flags
 
 
 class FrameCache:
@@ -121,7 +142,7 @@ def _open(path: str) -> tuple[Any, Any]:
             if stream.codec_context is None:
                 container.close()
                 raise DecodeError(path, "this FFmpeg has no decoder for its video stream")
-            # the loader runs one clip per thread: threads inside a clip would only get in each other's way
+            # the loader runs one clip per process: threads inside a clip would only get in each other's way
             stream.thread_type = "NONE"
             stream.codec_context.thread_count = 1
             return container, stream
@@ -135,7 +156,7 @@ def _packets(container: Any, stream: Any) -> Any:
         for packet in container.demux(stream):
             if packet.size:
                 yield packet
-    except _av().FFmpegError:
+    except (_av().FFmpegError, IndexError):  # PyAV's own, where damage makes a stream appear that was not announced
         return
 
 
@@ -235,15 +256,33 @@ def _guarded(path: str, function: Any, *arguments: Any) -> Any:
         raise DecodeError(path, f"{type(error).__name__}: {error}") from error
 
 
+def sound_frames(path: str) -> Iterator[Any]:
+    """Every sound frame of a video in order of presentation, as PyAV gives it. Raises DecodeError."""
+    container, stream = _guarded(path, _open)
+    with container:
+        empty = True
+        for frame in _frames(container, stream):
+            empty = False
+            frame.time_base = stream.time_base  # frames the decoder held back at the end have none
+            yield frame
+    if empty:
+        raise DecodeError(path, "holds no decodable video frame")
+
+
 def decode_video(path: str, ids: np.ndarray) -> np.ndarray:
     """Frames `ids` (int, any order, repeats allowed) of a video file as RGB uint8 [len(ids), H, W, 3].
 
     Rotation metadata is applied. Raises DecodeError where a frame is missing or damaged.
     """
+    return decode_timed(path, ids).frames
+
+
+def decode_timed(path: str, ids: np.ndarray) -> Decoded:
+    """`decode_video` with the timestamp of every frame: those of `probe(path).pts[ids]`, or the file is refused."""
     return _guarded(path, _decode_video, np.asarray(ids, dtype=np.int64))
 
 
-def _decode_video(path: str, ids: np.ndarray) -> np.ndarray:
+def _decode_video(path: str, ids: np.ndarray) -> Decoded:
     info = probe(path)
     wanted = np.unique(ids)
     if wanted[0] < 0 or wanted[-1] >= info.num_frames:
@@ -253,6 +292,7 @@ def _decode_video(path: str, ids: np.ndarray) -> np.ndarray:
         found = _by_time(path, info.pts, wanted, seek=wanted[0] > 0)
         if found is None and wanted[0] > 0:
             found = _by_time(path, info.pts, wanted, seek=False)
+    timed = found is not None
     if found is None:
         found = _by_count(path, info, wanted)
     first = _to_rgb(found[0])
@@ -263,7 +303,11 @@ def _decode_video(path: str, ids: np.ndarray) -> np.ndarray:
     turns = round(found[0].rotation / 90) % 4
     if turns:
         unique = np.ascontiguousarray(np.rot90(unique, turns, axes=(1, 2)))
-    return unique if len(wanted) == len(ids) and np.array_equal(wanted, ids) else unique[np.searchsorted(wanted, ids)]
+    pts = None if not timed else np.array([frame.pts for frame in found], dtype=np.int64)
+    if np.array_equal(wanted, ids):
+        return Decoded(unique, pts)
+    place = np.searchsorted(wanted, ids)
+    return Decoded(unique[place], None if pts is None else pts[place])
 
 
 def stream_video(path: str, chunk: int = 32) -> Iterator[np.ndarray]:
@@ -358,7 +402,7 @@ def _to_rgb(frame: Any, like: Any | None = None) -> np.ndarray:
 
     if not hasattr(_local, "reformatter"):
         # one scaling context per thread: building one per frame costs as much as the conversion; PyAV 17 made the
-        # conversion multi-threaded by default, which the loader's own threads leave no room for
+        # conversion multi-threaded by default, which the loader's own processes leave no room for
         _local.reformatter = VideoReformatter()
         _local.options = {"threads": 1} if int(_av().__version__.split(".")[0]) >= 17 else {}
     size = {}

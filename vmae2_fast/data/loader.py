@@ -1,33 +1,32 @@
-"""Batches of uint8 clips out of encoded video, decoded ahead by threads (PyAV releases the GIL).
+"""Batches of uint8 clips out of encoded video, decoded ahead by processes (`workers`) straight into shared memory.
 
-What a batch holds is a pure function of (seed, position, view): the number of threads, how far they run ahead and where a
-run was resumed change nothing. A clip that cannot be decoded is replaced by another one drawn from the same position,
-counted, and named once in the quarantine file; too many of them end the run.
+What a batch holds is a pure function of (seed, position, view): the number of processes, how far they run ahead and where a
+run was resumed change nothing. A clip that cannot be decoded, or not in time, is replaced by another one drawn from the same
+position, counted, and named once in the quarantine file; too many of them end the run.
 """
 
 from __future__ import annotations
 
-import contextlib
+import dataclasses
 import functools
 import json
 import os
+import time
 import weakref
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from ..config import DataConfig
-from . import sampling
-from .decode import DecodeError, FrameCache, decode_images, decode_video, probe
-from .manifest import Record, Source, open_sources
-from .plan import Planner, cut_test_views, cut_views
+from .decode import DecodeError, FrameCache, repeated
+from .manifest import Source, open_sources
+from .plan import Planner, cut_views
 from .sampling import Purpose, counter_rng
 from .schedule import Mixture
+from .workers import DecodePool, Done, Job, MemoryPool, Place, Ticket
 
 _JUDGED_AFTER = 32
 """Clips after which the rate of bad ones is looked at."""
@@ -56,18 +55,8 @@ class Batch(NamedTuple):
     """The video or frame folder of each row."""
     replaced: list[Replaced]
     """What could not be decoded on the way to this batch."""
-
-
-@dataclass(frozen=True)
-class VideoViews:
-    """Every test view of one video."""
-
-    clips: torch.Tensor
-    """uint8 [segments * crops, T, H, W, C]; segment-major."""
-    label: int
-    path: str
-    index: int
-    """Number of the video in the concatenated lists."""
+    padded: torch.Tensor | None = None
+    """bool [B, T]: frames that only fill up the clip of a short video, repeating the one before. A loader always says."""
 
 
 class Draw(NamedTuple):
@@ -83,7 +72,7 @@ class BadDataError(RuntimeError):
     """Too many clips cannot be decoded."""
 
 
-class _Reader:
+class Reader:
     """Sources, cache and quarantine: what training and evaluation share."""
 
     def __init__(self, data: DataConfig, quarantine: str | os.PathLike[str] | None) -> None:
@@ -91,10 +80,11 @@ class _Reader:
         self.sources: list[Source] = self._open(data)
         self.cache = FrameCache(data.cache_mb << 20) if data.cache_mb else None
         self.decoded = self.replaced = 0
+        self.decode_s = self.wait_s = 0.0
         self.bad: Counter[str] = Counter()
         self._quarantine = None if quarantine is None else os.fspath(quarantine)
         self._quarantined = self._known_bad()
-        # weak: a loop that breaks off drops its iteration, which then ends its own threads
+        # weak: a loop that breaks off drops its iteration, which then ends its own processes
         self._running: weakref.WeakSet[Generator[Any, None, None]] = weakref.WeakSet()
 
     def _open(self, data: Any) -> list[Source]:
@@ -113,11 +103,14 @@ class _Reader:
 
     @property
     def stats(self) -> dict[str, Any]:
-        """Clips decoded and replaced so far, and failures by path."""
-        return {"decoded": self.decoded, "replaced": self.replaced, "bad": dict(self.bad)}
+        """Clips decoded and replaced so far, failures by path, seconds the decoders worked and the consumer waited."""
+        return {
+            "decoded": self.decoded, "replaced": self.replaced, "bad": dict(self.bad),
+            "decode_s": self.decode_s, "wait_s": self.wait_s,
+        }  # fmt: skip
 
     def close(self) -> None:
-        """End running iterations and join their threads. Closing twice is fine."""
+        """End running iterations and their processes. Closing twice is fine."""
         for iteration in list(self._running):
             iteration.close()
 
@@ -131,30 +124,25 @@ class _Reader:
         self._running.add(iteration)
         return iteration
 
-    def read(self, source: Source, record: Record, choose: Callable[[int], np.ndarray]) -> tuple[torch.Tensor, str]:
-        """Frames `choose(num_frames)` of a clip, uint8 [T, H, W, C], and its path. Raises DecodeError."""
-        path = source.path(record)
-        key = path, record.start, record.total
-        video = None if self.cache is None else self.cache.get(key)
-        if video is not None:
-            return torch.from_numpy(video[choose(len(video))]), path
-        if record.total >= 0:
-            files = source.frame_files(record)
-            count = record.total
+    def _submit(self, pool: DecodePool, job: Job, out: torch.Tensor | None) -> Ticket:
+        """Start a job, or cut its clips out of a video that was kept."""
+        if self.cache is None:
+            return pool.submit(job, out=out)
+        video = self.cache.get(_key(job))
+        keep = self.cache.capacity - self.cache.used
+        return pool.submit(dataclasses.replace(job, keep=keep), out=out, video=video)
 
-            def get(ids: np.ndarray) -> np.ndarray:
-                return decode_images(path, files, ids)
-        else:
-            count = probe(path).num_frames
-
-            def get(ids: np.ndarray) -> np.ndarray:
-                return decode_video(path, ids)
-        ids = choose(count)
-        frames = get(ids)
-        if self.cache is not None and self.cache.has_room(frames[0].nbytes * count):
-            with contextlib.suppress(DecodeError):  # damaged outside the planned frames: a good clip of a video not kept
-                self.cache.put(key, get(np.arange(count)))
-        return torch.from_numpy(frames), path
+    def _wait(self, pool: DecodePool, ticket: Ticket) -> Done:
+        """What a job came to. Raises DecodeError."""
+        begin = time.perf_counter()
+        try:
+            done = pool.result(ticket)
+        finally:
+            self.wait_s += time.perf_counter() - begin
+        self.decode_s += done.seconds
+        if self.cache is not None and done.video is not None:
+            self.cache.put(_key(ticket.job), done.video)
+        return done
 
     def note(self, failures: list[Replaced]) -> None:
         """Count failures and write each path once into the quarantine file."""
@@ -192,8 +180,45 @@ class _Reader:
             )
 
 
-class VideoLoader(_Reader):
-    """Training batches. Iterating goes on at `position` (first: `start`); breaking off or `close()` ends the threads.
+def _key(job: Job) -> tuple[str, int, int]:
+    return job.source.path(job.record), job.record.start, job.record.total
+
+
+def pinned(clip: torch.Tensor) -> torch.Tensor:
+    """Where there is a GPU, a copy in page-locked memory of torch's, which knows when a transfer is over."""
+    if not torch.cuda.is_available():
+        return clip
+    return torch.empty(clip.shape, dtype=clip.dtype, pin_memory=True).copy_(clip)
+
+
+def _cut_planned(planner: Planner, draw: Draw, video: torch.Tensor, out: torch.Tensor) -> None:
+    height, width = video.shape[1:3]
+    plans = planner.view_plans(height, width, draw.epoch, draw.position, draw.attempt)
+    cut_views(video, plans, planner.size, out=out, threads=1)
+
+
+class _Ahead(NamedTuple):
+    """A batch on its way."""
+
+    clip: torch.Tensor
+    positions: list[int]
+    tickets: list[Ticket]
+
+
+class Finished(NamedTuple):
+    """A clip that was decoded."""
+
+    position: int
+    job: Job
+    done: Done
+
+    @property
+    def path(self) -> str:
+        return self.job.source.path(self.job.record)
+
+
+class VideoLoader(Reader):
+    """Training batches. Iterating goes on at `position` (first: `start`); breaking off or `close()` ends the processes.
 
     Args:
         data: sources and how clips are cut.
@@ -233,155 +258,92 @@ class VideoLoader(_Reader):
         return self._start(self._batches())
 
     def _batches(self) -> Generator[Any, None, None]:
-        pool = ThreadPoolExecutor(max(self.data.workers, 1), thread_name_prefix="vmae2-decode")
-        ahead: deque[tuple[torch.Tensor, list[int], list[Future[tuple[Any, str, list[Replaced]]]]]] = deque()
+        pool, memory = DecodePool(self.data.workers, self.data.timeout_s), MemoryPool()
+        ahead: deque[_Ahead] = deque()
         submitted, step, begin = 0, self.clips_per_batch * self.world, self.position
         try:
             while True:
                 while len(ahead) < max(self.data.prefetch, 1) and (self.steps is None or submitted < self.steps):
                     first = begin + submitted * step + self.rank * self.clips_per_batch
-                    positions = list(range(first, first + self.clips_per_batch))
-                    for p in (positions[0], positions[-1]):
-                        self.mixture.order(p // len(self.mixture))  # drawn once here, not by every thread at the same time
-                    shape = (len(positions) * self.data.views, self.frames, self.size, self.size, 3)
-                    clip = torch.empty(shape, dtype=torch.uint8)
-                    rows = clip.split(self.data.views)
-                    ahead.append((clip, positions, [pool.submit(self._fill, p, out) for p, out in zip(positions, rows)]))
+                    ahead.append(self._order(pool, memory, list(range(first, first + self.clips_per_batch))))
                     submitted += 1
                 if not ahead:
                     return
-                clip, positions, futures = ahead.popleft()
-                batch = self._collect(clip, positions, [future.result() for future in futures])
+                batch = self._collect(pool, ahead.popleft())
                 self.position += step
                 yield batch
         finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+            pool.close()
+            memory.close()
 
-    def _collect(self, clip: torch.Tensor, positions: list[int], done: list[tuple[Any, str, list[Replaced]]]) -> Any:
-        views, failures = self.data.views, self._count(done)
-        return Batch(
-            clip=clip,
-            label=torch.tensor([label for label, _, _ in done]).repeat_interleave(views),
-            position=torch.tensor(positions).repeat_interleave(views),
-            view=torch.arange(views).repeat(len(done)),
-            paths=tuple(path for _, path, _ in done for _ in range(views)),
-            replaced=failures,
-        )
+    def _order(self, pool: DecodePool, memory: MemoryPool, positions: list[int]) -> _Ahead:
+        """Start the jobs of a batch."""
+        shape = (self.data.views, self.frames, self.size, self.size, 3)
+        clip, path = memory.tensor((len(positions) * shape[0], *shape[1:]))
+        rows = clip.split(self.data.views)
+        jobs = [self._job(p, 0, Place(path, i * rows[0].nbytes, shape)) for i, p in enumerate(positions)]
+        return _Ahead(clip, positions, [self._submit(pool, job, row) for job, row in zip(jobs, rows)])
 
-    def _count(self, done: list[tuple[Any, str, list[Replaced]]]) -> list[Replaced]:
-        """Take note of a batch's failures, and return them."""
-        failures = [failure for _, _, failed in done for failure in failed]
-        self.decoded += len(done)
-        self.replaced += sum(1 for _, _, failed in done if failed)
-        if failures:
-            self.note(failures)
-            self.judge()
-        return failures
-
-    def _fill(self, position: int, out: torch.Tensor) -> tuple[Any, str, list[Replaced]]:
-        """Decode the clip of a position (or its first good replacement) into `out` [views, T, H, W, C]."""
-        epoch = position // len(self.mixture)
-        failures: list[Replaced] = []
-        for attempt in range(self.data.max_attempts + 1):
-            place = position
-            if attempt:
-                rng = counter_rng(self.seed, epoch, position, 0, Purpose.REPLACEMENT, attempt)
-                place = epoch * len(self.mixture) + int(rng.randint(len(self.mixture)))
-            number, index = self.mixture.record(place)
-            source = self.sources[number]
-            try:
-                label, path = self._cut(source, index, out, Draw(self.seed, epoch, position, attempt))
-            except DecodeError as error:
-                failures.append(Replaced(position, source.path(source.manifest[index]), error.reason))
-                continue
-            return label, path, failures
-        last = failures[-1]
-        tried = f"no clip found for position {position} in {len(failures)} attempts"
-        raise BadDataError(f"{tried}; last: {last.path}: {last.reason}")
-
-    def _cut(self, source: Source, index: int, out: torch.Tensor, draw: Draw) -> tuple[Any, str]:
-        """Decode clip `index` of a source into `out` [views, T, H, W, C]; its label and path. Raises DecodeError."""
+    def _job(self, position: int, attempt: int, place: Place | None) -> Job:
+        """The job of a position, or of its `attempt`-th replacement."""
+        epoch, drawn = position // len(self.mixture), position
+        if attempt:
+            rng = counter_rng(self.seed, epoch, position, 0, Purpose.REPLACEMENT, attempt)
+            drawn = epoch * len(self.mixture) + int(rng.randint(len(self.mixture)))
+        number, index = self.mixture.record(drawn)
+        source = self.sources[number]
+        choose, cut = self._work(source, index, Draw(self.seed, epoch, position, attempt))
         record = source.manifest[index]
+        return Job(source=source.alone(record), record=record, choose=choose, cut=cut, place=place)
+
+    def _work(self, source: Source, index: int, draw: Draw) -> tuple[Callable[..., Any], Callable[..., Any]]:
+        """`Job.choose` and `Job.cut` of clip `index` of a source; both must pickle."""
         choose = functools.partial(
             self.planner.frame_ids, stride=source.stride, epoch=draw.epoch, position=draw.position, attempt=draw.attempt
         )
-        video, path = self.read(source, record, choose)
-        height, width = video.shape[1:3]
-        plans = self.planner.view_plans(height, width, draw.epoch, draw.position, draw.attempt)
-        cut_views(video, plans, self.size, out=out, threads=1)
-        return record.label, path
+        return choose, functools.partial(_cut_planned, self.planner, draw)
 
+    def _collect(self, pool: DecodePool, ahead: _Ahead) -> Any:
+        """Wait for the clips of a batch, take note of its failures, and put it together."""
+        failures: list[Replaced] = []
+        finished = []
+        for position, ticket, row in zip(ahead.positions, ahead.tickets, ahead.clip.split(self.data.views)):
+            clip, failed = self._settle(pool, position, ticket, row)
+            finished.append(clip)
+            failures += failed
+            self.decoded += 1
+            self.replaced += bool(failed)
+        if failures:
+            self.note(failures)
+            self.judge()
+        return self._batch(pinned(ahead.clip), finished, failures)
 
-class EvaluationLoader(_Reader):
-    """Test views: every video once, in the order of the lists, decoded once for all its views.
+    def _batch(self, clip: torch.Tensor, finished: list[Finished], failures: list[Replaced]) -> Any:
+        views = self.data.views
+        padded = torch.from_numpy(repeated(np.stack([one.done.ids for one in finished])))
+        return Batch(
+            clip=clip,
+            label=torch.tensor([one.job.record.label for one in finished]).repeat_interleave(views),
+            position=torch.tensor([one.position for one in finished]).repeat_interleave(views),
+            view=torch.arange(views).repeat(len(finished)),
+            paths=tuple(one.path for one in finished for _ in range(views)),
+            replaced=failures,
+            padded=padded.repeat_interleave(views, dim=0),
+        )
 
-    Args:
-        data: sources; `sampling` "segment" gives interleaved segments, everything else dense windows.
-        frames, size: T, and height and width of a clip in pixels.
-        segments, crops: views in time and space; 1 is the centre.
-        quarantine: JSONL file for videos that cannot be decoded: they are left out and counted in `stats`.
-        rank, world: this loader yields the videos rank, rank + world, ...
-        only: numbers of the videos to yield; None: all.
-    """
-
-    def __init__(
-        self, data: DataConfig, *, frames: int, size: int, segments: int = 1, crops: int = 1,
-        quarantine: str | os.PathLike[str] | None = None, rank: int = 0, world: int = 1, only: Sequence[int] | None = None,
-    ) -> None:
-        if segments < 1 or crops < 1 or not 0 <= rank < world:
-            raise ValueError(f"segments={segments}, crops={crops}, rank={rank} of {world}: out of range")
-        super().__init__(data, quarantine)
-        self.frames, self.size, self.segments, self.crops, self.rank, self.world = frames, size, segments, crops, rank, world
-        self._ends = np.cumsum([len(source.manifest) for source in self.sources])
-        self._numbers: Sequence[int] = (range(self.num_videos) if only is None else only)[rank::world]
-
-    @property
-    def num_videos(self) -> int:
-        """Videos of all ranks together."""
-        return int(self._ends[-1])
-
-    def __len__(self) -> int:
-        return len(self._numbers)
-
-    def __iter__(self) -> Iterator[Any]:
-        return self._start(self._videos())
-
-    def _videos(self) -> Generator[Any, None, None]:
-        self.decoded = self.replaced = 0
-        self.bad.clear()
-        pool = ThreadPoolExecutor(max(self.data.workers, 1), thread_name_prefix="vmae2-decode")
-        ahead: deque[Future[Any]] = deque()
-        indices = iter(self._numbers)
-        try:
-            while True:
-                while len(ahead) < self.data.workers + self.data.prefetch and (index := next(indices, None)) is not None:
-                    ahead.append(pool.submit(self._views, index))
-                if not ahead:
-                    self.judge(final=True)
-                    return
-                result = ahead.popleft().result()
-                self.decoded += 1
-                if isinstance(result, Replaced):
-                    self.replaced += 1
-                    self.note([result])
-                    self.judge()
-                else:
-                    yield result
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
-
-    def _ids(self, num_frames: int, stride: int) -> np.ndarray:
-        if self.data.sampling == "segment":
-            return sampling.segment_test_views(num_frames, self.frames, self.segments).reshape(-1)
-        return sampling.dense_test_views(num_frames, self.frames, stride, self.segments).reshape(-1)
-
-    def _views(self, index: int) -> Any:
-        number = int(np.searchsorted(self._ends, index, side="right"))
-        source = self.sources[number]
-        record = source.manifest[index - (int(self._ends[number - 1]) if number else 0)]
-        try:
-            video, path = self.read(source, record, lambda n: self._ids(n, source.stride))
-        except DecodeError as error:
-            return Replaced(index, source.path(record), error.reason)
-        clips = cut_test_views(video, segments=self.segments, size=self.size, crops=self.crops, threads=1)
-        return VideoViews(clips, record.label, path, index)
+    def _settle(
+        self, pool: DecodePool, position: int, ticket: Ticket, out: torch.Tensor
+    ) -> tuple[Finished, list[Replaced]]:
+        """Wait for the clip of a position, or for its first good replacement."""
+        failures: list[Replaced] = []
+        while True:
+            try:
+                return Finished(position, ticket.job, self._wait(pool, ticket)), failures
+            except DecodeError as error:
+                failures.append(Replaced(position, ticket.job.source.path(ticket.job.record), error.reason))
+            if len(failures) > self.data.max_attempts:
+                last = failures[-1]
+                self.note(failures)
+                tried = f"no clip found for position {position} in {len(failures)} attempts"
+                raise BadDataError(f"{tried}; last: {last.path}: {last.reason}")
+            ticket = self._submit(pool, self._job(position, len(failures), ticket.job.place), out)

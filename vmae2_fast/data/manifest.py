@@ -24,6 +24,7 @@ Line formats (space separated; paths may hold spaces; blank lines and CRLF are f
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import sys
@@ -128,6 +129,10 @@ class Source:
     """None: frame k is the k-th image file of the folder."""
     classes: int | None
     label_names: tuple[str, ...] | None
+
+    def alone(self, record: Record) -> Source:
+        """This source with one clip: what is sent to a process that decodes it."""
+        return dataclasses.replace(self, manifest=Manifest.of([record]), label_names=None)
 
     def path(self, record: Record) -> str:
         return os.path.join(self.root, record.path) if self.root else record.path

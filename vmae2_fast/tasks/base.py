@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ..config import RunConfig
-from ..data.loader import Batch, EvaluationLoader, VideoLoader, VideoViews
+from ..data.evaluation_loader import EvaluationLoader, VideoViews
+from ..data.loader import Batch, VideoLoader
 from ..data.manifest import Source, open_sources
 from ..models import PretrainViT, VisionTransformer
 

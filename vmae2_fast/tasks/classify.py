@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from ..config import ClassifyConfig, ModelConfig
 from ..data.augment import mix_clips, mix_targets, plan_mix, smooth_targets
-from ..data.loader import Batch, VideoViews
+from ..data.evaluation_loader import VideoViews
+from ..data.loader import Batch
 from ..models import VisionTransformer, build_model
 from .base import Task, ViewBatch, class_labels, view_batches
 from .metrics.classification import View, classification_metrics, merge_views

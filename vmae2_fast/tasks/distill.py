@@ -21,7 +21,8 @@ from torch import Tensor
 
 from ..config import DistillConfig, to_dict
 from ..data.augment import mix_clips, mix_targets, plan_mix, smooth_targets
-from ..data.loader import Batch, VideoViews
+from ..data.evaluation_loader import VideoViews
+from ..data.loader import Batch
 from ..models import PretrainViT, VisionTransformer, build_model, resolve
 from ..models.weights import load_weights
 from ..ops.masks import DualMask, dual_mask, mask_sizes

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ..config import PretrainConfig
-from ..data.loader import Batch, VideoViews
+from ..data.evaluation_loader import VideoViews
+from ..data.loader import Batch
 from ..models import PretrainViT, build_model
 from ..ops.masks import DualMask, dual_mask, mask_sizes
 from ..ops.patches import gather_patches

@@ -152,7 +152,7 @@ class Trainer:
         train, state = self.config.train, self.progress
         validate_every = round(train.validate_every * self.steps_per_epoch) if self.config.validation else 0
         self.task.model.train()
-        self.mark = time.perf_counter()
+        self.mark, self.data_mark = time.perf_counter(), (0.0, 0.0)
         self.loader.position = state.position
         self.loader.steps = (self.total_steps - state.step) * self.micro_batches
         batches = iter(self.loader)
@@ -168,7 +168,7 @@ class Trainer:
                 last = state.step == self.total_steps
                 if state.step % train.log_every == 0 or last:
                     entry = self._flush()
-                    bar.set_postfix(loss=entry["loss"], lr=entry["lr"], clips_per_s=entry["clips_per_s"])
+                    bar.set_postfix({k: entry[k] for k in ("loss", "lr", "clips_per_s", "wait_s", "replaced")})
                 if validate_every and state.step % validate_every == 0 and not last:
                     self._validate()
                 if state.step % train.checkpoint_every == 0 or last or self.stop:
@@ -234,9 +234,17 @@ class Trainer:
             "seconds": round(state.seconds, 3),
             "skipped": state.skipped,
             "replaced": sum(state.replaced.values()),
+            **self._data_times(),
         }
         self.log.write(**entry)
         return entry
+
+    def _data_times(self) -> dict[str, float]:
+        """Since the last line: seconds this process waited for clips, and seconds decoding took in all of its workers."""
+        now = self.loader.wait_s, self.loader.decode_s
+        waited, decoded = (b - a for a, b in zip(self.data_mark, now))
+        self.data_mark = now
+        return {"wait_s": round(waited, 3), "decode_s": round(decoded, 3)}
 
     def _save(self) -> None:
         if self.progress.step == self.saved_step:

@@ -22,11 +22,12 @@ from .checkpoint import clean, committed, sha256, write_json
 
 # What may change between two sittings of one run: where things lie, how often it is saved or shown, and how the work is
 # cut up. None of it changes the maths (micro_batch: and parallel: up to the order of summation).
+_LOADING = ("workers", "prefetch", "cache_mb", "timeout_s", "datasets")
 FREE = {
     "out", "cites", "views.batch", "teacher_cache",
     *(f"train.{key}" for key in ("micro_batch", "parallel", "threads", "checkpoint_every", "keep_checkpoints", "log_every")),
     *(f"train.{key}" for key in ("keep_every", "max_skipped", "stuck_after")),
-    *(f"{data}.{key}" for data in ("data", "validation") for key in ("workers", "prefetch", "cache_mb", "datasets")),
+    *(f"{data}.{key}" for data in ("data", "validation") for key in _LOADING),
 }  # fmt: skip
 
 
