@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import subprocess
 import sys
 import tempfile
@@ -286,6 +287,21 @@ def data_share(context: Context) -> Result:
     return result
 
 
+def decoders(context: Context) -> Result:
+    """Clips per second out of the video engines by number of DALI pipelines, beside PyAV on every core."""
+    try:
+        import av  # noqa: F401
+
+        from . import decoding
+    except ImportError as error:  # the other sections need none of the data path's libraries
+        return {"not_measured": f"the data path's libraries are missing: {error}"}
+    with tempfile.TemporaryDirectory() as folder:
+        return decoding.measure_decoders(
+            Path(folder), dry_run=context.dry_run, workers=1 if context.dry_run else os.cpu_count() or 1,
+            left=context.left, report=context.report,
+        )  # fmt: skip
+
+
 WHAT_IS_COMPILED: dict[str, Literal["whole", "blocks"]] = {"vit_b": "whole", "vit_g": "blocks"}
 OP_SECTIONS = [name for name in cases.CASES if not name.endswith("attention")]
 SECTIONS: dict[str, tuple[Callable[[Context], Result], float]] = {  # and the seconds each may take
@@ -295,6 +311,7 @@ SECTIONS: dict[str, tuple[Callable[[Context], Result], float]] = {  # and the se
     **{name: (partial(op, name), 240) for name in OP_SECTIONS},
     "capture": (capture, 120),
     "data_share": (data_share, 120),
+    "decoders": (decoders, 300),
     "steps_base": (partial(steps_of, "vit_b"), 300),
     "steps_giant": (partial(steps_of, "vit_g"), 480),
 }

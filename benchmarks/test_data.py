@@ -19,9 +19,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from vmae2_fast.benchmarks.decoding import encode, grainy_scene
 from vmae2_fast.config import DataConfig, SourceConfig
 from vmae2_fast.data import VideoLoader
-from vmae2_fast.data.synthetic import CLASSES, render_scene
 
 FRAMES, SIZE, STRIDE, VIDEOS, LENGTH, SHORT = 16, 224, 4, 8, 150, 256
 ROUNDS = 3
@@ -30,30 +30,17 @@ ROUNDS = 3
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`VIDEOS` videos of 256 x 256 with grain, each with key frames 12 and 250 apart."""
-    import av
-
     root = tmp_path_factory.mktemp("videos")
     for i in range(VIDEOS):
-        rng = np.random.Generator(np.random.Philox(key=[0, i]))
-        video = render_scene(CLASSES[i % len(CLASSES)], rng, frames=LENGTH, size=SHORT, step=0.2)
-        grain = rng.integers(-12, 13, (LENGTH, SHORT, SHORT, 1), dtype=np.int16)
-        video = np.clip(video + grain, 0, 255).astype(np.uint8)
+        video = grainy_scene(i, LENGTH, SHORT)
         for gop in (12, 250):
-            (root / str(gop)).mkdir(exist_ok=True)
-            with av.open(str(root / str(gop) / f"{i}.mp4"), "w") as out:
-                options = {"crf": "23", "preset": "veryfast", "g": str(gop), "bf": "2", "sc_threshold": "0"}
-                stream = out.add_stream("libx264", rate=25, options=options)
-                stream.width = stream.height = SHORT
-                stream.pix_fmt, stream.thread_count = "yuv420p", 1
-                for image in video:
-                    out.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
-                out.mux(stream.encode())
+            encode(root / str(gop) / f"{i}.mp4", video, gop=gop)
     return root
 
 
 def _loader(folder: Path, gop: int, views: int = 1) -> VideoLoader:
     source = SourceConfig(name="bench", root=str(folder / str(gop)))
-    data = DataConfig(sources=(source,), stride=STRIDE, views=views, workers=1, prefetch=2)
+    data = DataConfig(sources=(source,), stride=STRIDE, views=views, backend="pyav", workers=1, prefetch=2)
     return VideoLoader(data, frames=FRAMES, size=SIZE, clips_per_batch=2)
 
 

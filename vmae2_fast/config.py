@@ -189,8 +189,13 @@ class DataConfig:
     crop: Literal["multi_scale", "random_resized", "center"] = "multi_scale"
     flip: bool = False
     augment: AugmentConfig = field(default_factory=AugmentConfig)
+    backend: Literal["auto", "pyav", "dali"] = "auto"
+    """Decoder. auto: NVIDIA DALI where it is installed, there is a GPU and no cache is kept; else PyAV."""
+    pipelines: int = 8
+    """DALI pipelines of a GPU; one keeps about one of its decoding engines busy."""
     workers: int = 2
-    """Decoder processes; 0 decodes in a thread of the training process, where `timeout_s` cannot be kept."""
+    """PyAV's processes; 0 decodes in a thread of the training process, where `timeout_s` cannot be kept. With DALI they
+    decode what it cannot."""
     prefetch: int = 4
     """Batches kept ready."""
     cache_mb: int = 0
@@ -203,9 +208,11 @@ class DataConfig:
     """Stop when more than this share of the clips had to be replaced."""
 
     def __post_init__(self) -> None:
-        _at_least(self, "data", 1, "stride", "views", "prefetch")
+        _at_least(self, "data", 1, "stride", "views", "prefetch", "pipelines")
         _at_least(self, "data", 0, "workers", "cache_mb", "max_attempts")
         require(self.timeout_s > 0, f"data.timeout_s={self.timeout_s}: must be above 0")
+        require(self.backend != "dali" or not self.cache_mb, f"data.cache_mb={self.cache_mb}: only PyAV's frames are cached; "
+                "set it to 0, or data.backend=pyav")  # fmt: skip
         rate = self.max_bad_rate
         require(0 < rate <= 1, f"data.max_bad_rate={rate}: must lie above 0 and be at most 1")
 

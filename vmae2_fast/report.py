@@ -129,7 +129,8 @@ def _reconstructions(stage: PretrainConfig, out: Path, judged: str) -> dict[str,
     load_weights(model, Path(stage.out) / stage.name / "weights.safetensors")
     parts = []
     for video in EvaluationLoader(stage.validation, frames=stage.model.frames, size=stage.model.size, segments=1, crops=1):
-        parts.append(reconstruct(model, video.clips[0], seed=video.index, encoder_ratio=stage.mask.encoder_ratio))
+        clip = video.clips[0].cpu()  # where the weights are
+        parts.append(reconstruct(model, clip, seed=video.index, encoder_ratio=stage.mask.encoder_ratio))
         if len(parts) == _CLIPS_SHOWN:
             break
     png, gif = out / "reconstructions.png", out / "reconstruction.gif"

@@ -16,6 +16,7 @@ import torch
 from vmae2_fast.benchmarks import cases, gpu, sections, steps
 from vmae2_fast.benchmarks.machine import read
 from vmae2_fast.benchmarks.sections import SECTIONS, Context
+from vmae2_fast.data.dali import why_not_dali
 
 ROOT = Path(__file__).parents[2]
 GREEN = "import pytest\n\n@pytest.mark.cuda\ndef test_one():\n    pass\n\ndef test_not_for_cuda():\n    raise AssertionError\n"
@@ -185,3 +186,13 @@ def test_memory_and_errors_of_one_variant_are_recorded(tmp_path: Path, monkeypat
     assert rows["large"]["status"] == "out of memory"
     assert rows["ours"]["status"] == "ok"
     assert "median_s" not in rows["other"]
+
+
+def test_decoders_are_compared_where_dali_is_installed(rehearsal: dict[str, dict[str, Any]]) -> None:
+    result = rehearsal["decoders"]["result"]
+    names = {"pyav", "dali_1", "dali_2"} if why_not_dali() is None else {"pyav"}
+    assert set(result["gop12"]) == names
+    for rate in result["gop12"].values():
+        assert rate["clips_per_s"] > 0
+        assert rate["fallback"] == {}
+    assert why_not_dali() in (None, result["dali"])

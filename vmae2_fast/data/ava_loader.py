@@ -26,7 +26,7 @@ from .evaluation_loader import EvaluationLoader
 from .loader import Draw, Finished, Replaced, VideoLoader, pinned
 from .manifest import Manifest, Record, Source
 from .sampling import Purpose, counter_rng
-from .workers import Done, Job, MemoryPool
+from .workers import ClipMemory, Done, Job
 
 _CROPS = 10  # drawn before the window is put on a box
 
@@ -223,7 +223,7 @@ def _cut_whole(short: int, video: torch.Tensor, _: None) -> tuple[np.ndarray, tu
     """The clip uint8 [T, H, W, C] with its short side resized to `short`, and height and width it had."""
     height, width = video.shape[1:3]
     scaled = sampling.short_side(height, width, short)
-    return resize_crop(video, [Window(0, 0, *scaled, scaled=scaled)], scaled, threads=1)[0].numpy(), (height, width)
+    return resize_crop(video, [Window(0, 0, *scaled, scaled=scaled)], scaled, threads=1)[0].cpu().numpy(), (height, width)
 
 
 class AvaEvaluationLoader(_KeyFrames, EvaluationLoader):
@@ -242,7 +242,7 @@ class AvaEvaluationLoader(_KeyFrames, EvaluationLoader):
         unlabelled = np.zeros((0, 0), dtype=np.float32)
         return [frame._replace(boxes=self._people.get(frame.name, empty)[:, :4], labels=unlabelled) for frame in frames]
 
-    def _job(self, index: int, memory: MemoryPool) -> tuple[Job, None]:
+    def _job(self, index: int, memory: ClipMemory) -> tuple[Job, None]:
         source = self.sources[0]
         record = source.manifest[index]
         cut = functools.partial(_cut_whole, self.data.short_side[0])

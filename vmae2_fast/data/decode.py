@@ -48,6 +48,24 @@ class StreamInfo(NamedTuple):
     with them (missing or doubled, or packed B-frames possible): frames are then counted in decoding order."""
     seconds: np.ndarray | None
     """The same as float64 seconds from the first frame on."""
+    plain: bool = False
+    """Whether any decoder must count the frames as we do: trusted timestamps, every packet is shown, the first one is a
+    keyframe and nothing is shown before it."""
+
+
+class StreamForm(NamedTuple):
+    """What a decoder must be able to do with a video, from its first sound frame."""
+
+    codec: str
+    """FFmpeg's name of the format, such as h264 or av1, whatever decodes it here."""
+    pix_fmt: str
+    height: int
+    width: int
+    rotation: int
+    """Degrees its metadata asks for."""
+    interlaced: bool
+    streams: int
+    """Video streams of the file, cover art included."""
 
 
 class Decoded(NamedTuple):
@@ -190,20 +208,38 @@ def probe(path: str) -> StreamInfo:
 def _probe(path: str) -> StreamInfo:
     container, stream = _open(path)
     with container:
-        packets = [packet for packet in _packets(container, stream) if not packet.is_discard]
+        everything = list(_packets(container, stream))
+        packets = [packet for packet in everything if not packet.is_discard]
         times = [packet.pts for packet in packets]
         # AVI stores no presentation times; with MPEG-4's packed B-frames the made-up ones differ from the frames' own
         unit = stream.time_base
         packed = container.format.name == "avi" and stream.codec_context.name == "mpeg4"
     if times and not packed and None not in times and len(set(times)) == len(times):
         table = np.sort(np.asarray(times, dtype=np.int64))
-        return StreamInfo(len(times), table, (table - table[0]) * float(unit))
+        plain = len(everything) == len(packets) and packets[0].is_keyframe and times[0] == table[0]
+        return StreamInfo(len(times), table, (table - table[0]) * float(unit), plain)
     container, stream = _open(path)
     with container:
         count = sum(1 for _ in _frames(container, stream))
     if not count:
         raise DecodeError(path, "holds no decodable video frame")
     return StreamInfo(count, None, None)
+
+
+def stream_form(path: str) -> StreamForm:
+    """What the video of a file is, from its first sound frame. Raises DecodeError."""
+    return _guarded(path, _stream_form)
+
+
+def _stream_form(path: str) -> StreamForm:
+    container, stream = _open(path)
+    with container:
+        frame = next(_frames(container, stream), None)
+        if frame is None:
+            raise DecodeError(path, "holds no decodable video frame")
+        codec = stream.codec_context.codec.canonical_name
+        return StreamForm(codec, frame.format.name, frame.height, frame.width, round(frame.rotation),
+                          bool(frame.interlaced_frame), len(container.streams.video))  # fmt: skip
 
 
 def _guarded(path: str, function: Any, *arguments: Any) -> Any:
@@ -384,6 +420,22 @@ def image_files(folder: str) -> list[str]:
     return [os.path.join(folder, name) for name in names]
 
 
+def is_jpeg(path: str) -> bool:
+    return path.lower().endswith((".jpg", ".jpeg"))
+
+
+def read_jpeg(path: str) -> bytes:
+    """A JPEG file that is all there. Raises DecodeError."""
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise DecodeError(path, error.strerror or str(error)) from error
+    # FFmpeg fills what a cut file lacks with grey; a whole JPEG has its end marker near its end
+    if not data.startswith(b"\xff\xd8") or b"\xff\xd9" not in data[-4096:]:
+        raise DecodeError(path, "damaged or cut-off JPEG")
+    return data
+
+
 def decode_image(path: str) -> np.ndarray:
     """One image as RGB uint8 [H, W, 3]. Raises DecodeError."""
     return _guarded(path, _decode_image)
@@ -391,11 +443,8 @@ def decode_image(path: str) -> np.ndarray:
 
 def _decode_image(path: str) -> np.ndarray:
     av = _av()
-    if path.lower().endswith((".jpg", ".jpeg")):
-        data = Path(path).read_bytes()
-        # FFmpeg fills what a cut file lacks with grey; a whole JPEG has its end marker near its end
-        if not data.startswith(b"\xff\xd8") or b"\xff\xd9" not in data[-4096:]:
-            raise DecodeError(path, "damaged or cut-off JPEG")
+    if is_jpeg(path):
+        data = read_jpeg(path)
         codec = getattr(_local, "jpeg", None)
         if codec is None:
             codec = _local.jpeg = av.CodecContext.create("mjpeg", "r")

@@ -17,7 +17,7 @@ from . import sampling
 from .decode import DecodeError, repeated
 from .loader import Reader, Replaced, pinned
 from .plan import cut_test_views
-from .workers import DecodePool, Done, Job, MemoryPool, Place, Ticket
+from .workers import ClipMemory, Done, Job, Place
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class VideoViews:
     """Every test view of one video."""
 
     clips: torch.Tensor
-    """uint8 [segments * crops, T, H, W, C]; segment-major."""
+    """uint8 [segments * crops, T, H, W, C]; segment-major; on the device of its decoder, as in `Batch`."""
     label: int
     path: str
     index: int
@@ -82,12 +82,13 @@ class EvaluationLoader(Reader):
     def _videos(self) -> Generator[Any, None, None]:
         self.decoded = self.replaced = 0
         self.bad.clear()
-        pool, memory = DecodePool(self.data.workers, self.data.timeout_s), MemoryPool()
-        ahead: deque[tuple[int, torch.Tensor | None, Ticket]] = deque()
+        pool, memory = self._decoders()
+        ahead: deque[tuple[int, torch.Tensor | None, Any]] = deque()
         numbers = iter(self._numbers)
+        width = self.data.workers if self._dali is None else self.data.pipelines
         try:
             while True:
-                while len(ahead) < self.data.workers + self.data.prefetch and (index := next(numbers, None)) is not None:
+                while len(ahead) < width + self.data.prefetch and (index := next(numbers, None)) is not None:
                     job, out = self._job(index, memory)
                     ahead.append((index, out, self._submit(pool, job, out)))
                 if not ahead:
@@ -107,7 +108,7 @@ class EvaluationLoader(Reader):
             pool.close()
             memory.close()
 
-    def _job(self, index: int, memory: MemoryPool) -> tuple[Job, torch.Tensor | None]:
+    def _job(self, index: int, memory: ClipMemory) -> tuple[Job, torch.Tensor | None]:
         """The job of a video, and its place as this process sees it."""
         number = int(np.searchsorted(self._ends, index, side="right"))
         source = self.sources[number]

@@ -1,4 +1,5 @@
-"""Batches of uint8 clips out of encoded video, decoded ahead by processes (`workers`) straight into shared memory.
+"""Batches of uint8 clips out of encoded video, decoded ahead: by processes (`workers`) straight into shared memory, or by
+DALI pipelines (`dali_pool`) on the GPU, where the clips stay.
 
 What a batch holds is a pure function of (seed, position, view): the number of processes, how far they run ahead and where a
 run was resumed change nothing. A clip that cannot be decoded, or not in time, is replaced by another one drawn from the same
@@ -21,12 +22,13 @@ import numpy as np
 import torch
 
 from ..config import DataConfig
+from .dali_pool import DaliPool, DeviceMemory, dali_device
 from .decode import DecodeError, FrameCache, repeated
 from .manifest import Source, open_sources
 from .plan import Planner, cut_views
 from .sampling import Purpose, counter_rng
 from .schedule import Mixture
-from .workers import DecodePool, Done, Job, MemoryPool, Place, Ticket
+from .workers import ClipMemory, DecodePool, Decoders, Done, Job, MemoryPool, Place
 
 _JUDGED_AFTER = 32
 """Clips after which the rate of bad ones is looked at."""
@@ -44,7 +46,7 @@ class Batch(NamedTuple):
     """Clips of one step; rows are clip-major: the views of a clip follow one another."""
 
     clip: torch.Tensor
-    """uint8 [B, T, H, W, C], contiguous."""
+    """uint8 [B, T, H, W, C], contiguous; on the GPU where DALI decodes there, else on the CPU."""
     label: torch.Tensor
     """int64 [B]; -1 where there is none."""
     position: torch.Tensor
@@ -82,6 +84,8 @@ class Reader:
         self.decoded = self.replaced = 0
         self.decode_s = self.wait_s = 0.0
         self.bad: Counter[str] = Counter()
+        self.fallback: Counter[str] = Counter()
+        self._dali = dali_device(data)
         self._quarantine = None if quarantine is None else os.fspath(quarantine)
         self._quarantined = self._known_bad()
         # weak: a loop that breaks off drops its iteration, which then ends its own processes
@@ -103,9 +107,10 @@ class Reader:
 
     @property
     def stats(self) -> dict[str, Any]:
-        """Clips decoded and replaced so far, failures by path, seconds the decoders worked and the consumer waited."""
+        """Clips decoded and replaced so far, failures by path, clips PyAV decoded in DALI's place by reason, seconds the
+        decoders worked and the consumer waited."""
         return {
-            "decoded": self.decoded, "replaced": self.replaced, "bad": dict(self.bad),
+            "decoded": self.decoded, "replaced": self.replaced, "bad": dict(self.bad), "fallback": dict(self.fallback),
             "decode_s": self.decode_s, "wait_s": self.wait_s,
         }  # fmt: skip
 
@@ -124,15 +129,25 @@ class Reader:
         self._running.add(iteration)
         return iteration
 
-    def _submit(self, pool: DecodePool, job: Job, out: torch.Tensor | None) -> Ticket:
+    def _decoders(self) -> tuple[Decoders, ClipMemory]:
+        """New decoders, and the memory they write to."""
+        data = self.data
+        if self._dali is None:
+            return DecodePool(data.workers, data.timeout_s), MemoryPool()
+        pool = DaliPool(self._dali, pipelines=data.pipelines, workers=data.workers, timeout_s=data.timeout_s,
+                        fallback=self.fallback)  # fmt: skip
+        return pool, DeviceMemory(self._dali)
+
+    def _submit(self, pool: Decoders, job: Job, out: torch.Tensor | None) -> Any:
         """Start a job, or cut its clips out of a video that was kept."""
         if self.cache is None:
             return pool.submit(job, out=out)
+        assert isinstance(pool, DecodePool)
         video = self.cache.get(_key(job))
         keep = self.cache.capacity - self.cache.used
         return pool.submit(dataclasses.replace(job, keep=keep), out=out, video=video)
 
-    def _wait(self, pool: DecodePool, ticket: Ticket) -> Done:
+    def _wait(self, pool: Decoders, ticket: Any) -> Done:
         """What a job came to. Raises DecodeError."""
         begin = time.perf_counter()
         try:
@@ -185,8 +200,9 @@ def _key(job: Job) -> tuple[str, int, int]:
 
 
 def pinned(clip: torch.Tensor) -> torch.Tensor:
-    """Where there is a GPU, a copy in page-locked memory of torch's, which knows when a transfer is over."""
-    if not torch.cuda.is_available():
+    """Where there is a GPU, a copy of what is not on it in page-locked memory of torch's, which knows when a transfer is
+    over."""
+    if clip.is_cuda or not torch.cuda.is_available():
         return clip
     return torch.empty(clip.shape, dtype=clip.dtype, pin_memory=True).copy_(clip)
 
@@ -202,7 +218,7 @@ class _Ahead(NamedTuple):
 
     clip: torch.Tensor
     positions: list[int]
-    tickets: list[Ticket]
+    tickets: list[Any]
 
 
 class Finished(NamedTuple):
@@ -258,7 +274,7 @@ class VideoLoader(Reader):
         return self._start(self._batches())
 
     def _batches(self) -> Generator[Any, None, None]:
-        pool, memory = DecodePool(self.data.workers, self.data.timeout_s), MemoryPool()
+        pool, memory = self._decoders()
         ahead: deque[_Ahead] = deque()
         submitted, step, begin = 0, self.clips_per_batch * self.world, self.position
         try:
@@ -276,7 +292,7 @@ class VideoLoader(Reader):
             pool.close()
             memory.close()
 
-    def _order(self, pool: DecodePool, memory: MemoryPool, positions: list[int]) -> _Ahead:
+    def _order(self, pool: Decoders, memory: ClipMemory, positions: list[int]) -> _Ahead:
         """Start the jobs of a batch."""
         shape = (self.data.views, self.frames, self.size, self.size, 3)
         clip, path = memory.tensor((len(positions) * shape[0], *shape[1:]))
@@ -303,7 +319,7 @@ class VideoLoader(Reader):
         )
         return choose, functools.partial(_cut_planned, self.planner, draw)
 
-    def _collect(self, pool: DecodePool, ahead: _Ahead) -> Any:
+    def _collect(self, pool: Decoders, ahead: _Ahead) -> Any:
         """Wait for the clips of a batch, take note of its failures, and put it together."""
         failures: list[Replaced] = []
         finished = []
@@ -332,7 +348,7 @@ class VideoLoader(Reader):
         )
 
     def _settle(
-        self, pool: DecodePool, position: int, ticket: Ticket, out: torch.Tensor
+        self, pool: Decoders, position: int, ticket: Any, out: torch.Tensor
     ) -> tuple[Finished, list[Replaced]]:
         """Wait for the clip of a position, or for its first good replacement."""
         failures: list[Replaced] = []

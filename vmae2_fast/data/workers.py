@@ -25,7 +25,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -212,6 +212,24 @@ class Ticket:
         self.job, self.future = job, future
         self.deaths = 0
         """Processes that ended while they ran this job."""
+
+
+class Decoders(Protocol):
+    """What a loader's jobs run on: `DecodePool`, or `dali_pool.DaliPool`."""
+
+    def submit(self, job: Job, *, out: torch.Tensor | None) -> Any: ...
+
+    def result(self, ticket: Any) -> Done: ...
+
+    def close(self) -> None: ...
+
+
+class ClipMemory(Protocol):
+    """Where clips are written: `MemoryPool`, or `dali_pool.DeviceMemory`."""
+
+    def tensor(self, shape: tuple[int, ...]) -> tuple[torch.Tensor, str]: ...
+
+    def close(self) -> None: ...
 
 
 class DecodePool:
