@@ -4,9 +4,11 @@ from .decode import DecodeError, decode_video, probe
 from .lists import ManifestError
 from .loader import BadDataError, Batch, EvaluationLoader, Replaced, VideoLoader, VideoViews
 from .manifest import Manifest, Record, Source, open_sources, read_datasets
+from .planes import decode_yuv420
 from .schedule import Mixture
 
 __all__ = [
     "BadDataError", "Batch", "DecodeError", "EvaluationLoader", "Manifest", "ManifestError", "Mixture", "Record", "Replaced",
-    "Source", "VideoLoader", "VideoViews", "decode_video", "open_sources", "probe", "read_datasets",
+    "Source", "VideoLoader", "VideoViews", "decode_video", "decode_yuv420", "open_sources", "probe",
+    "read_datasets",
 ]  # fmt: skip

@@ -221,7 +221,8 @@ def _stacked(frames: Tensor | Yuv420) -> tuple[_Layout, bool]:
         planes, side, several = frames, (frames.shape[-3], frames.shape[-2]), frames.ndim == 5
         channels, color = frames.shape[-1], NOT_YUV
     count = planes.shape[0] if several else 1
-    return _Layout(planes.reshape(-1).contiguous(), planes.shape[int(several)], channels, [side] * count, [color] * count), several
+    buffer = planes.reshape(-1).contiguous()
+    return _Layout(buffer, planes.shape[int(several)], channels, [side] * count, [color] * count), several
 
 
 def _side_by_side(clips: Sequence[Tensor | Yuv420]) -> _Layout:
