@@ -61,8 +61,10 @@ void reconstruction_loss_backward(const float* upstream, const Reconstruction& i
 
 // resize.cpp. Cut windows out of uint8 frames and resize them: out is [views, frames, height, width, channels]. A row of
 // `table` names one view: address of its source window relative to `buffer`, strides of frames and lines in bytes, height
-// and width of the window, height and width of the grid it is resized to, first row and column of the grid to compute, flip.
-constexpr int64_t kResizeColumns = 10;
+// and width of the window, height and width of the grid it is resized to, first row and column of the grid to compute, flip;
+// of YUV 4:2:0 frames, whose line stride is luma's, also addresses of the window's U and V, whether it begins with the second
+// line and column of those that share them, and the six coefficients of the conversion. The second of these is zero for RGB.
+constexpr int64_t kResizeColumns = 20;
 void resize_crop(const uint8_t* buffer, int64_t bytes, const int64_t* table, int64_t views, int64_t frames, int64_t height,
                  int64_t width, int64_t channels, uint8_t* out, int threads);
 

@@ -1,6 +1,7 @@
 // Windows of decoded frames resized to a clip. See vmae2_fast/ops/resize.py: every path here gives those exact integers.
 //
-// A row of a clip is made of sums along source lines and down their columns; no image between frame and clip is stored.
+// A row of a clip is made of sums along source lines and down their columns; no image between frame and clip is stored. Lines
+// of YUV planes are made RGB where they are read, as many as the filter of one row covers at a time.
 #include <algorithm>
 #include <cstring>
 #include <numeric>
@@ -8,6 +9,7 @@
 
 #include "../ops.h"
 #include "parallel.h"
+#include "yuv.h"
 
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
 #define VMAE2_RESIZE_AVX2
@@ -56,6 +58,10 @@ struct View {
   int64_t frame, line;    // strides in bytes
   Taps y, x;
   bool flip;
+  // Chroma of the corner, and whether that is the second line or column of those that share it; null in RGB frames.
+  const uint8_t *u, *v;
+  int64_t odd_top, odd_left;
+  YuvColor color;
 };
 
 // Nearest integer to sum / total, halves up.
@@ -80,7 +86,56 @@ __attribute__((target("avx2"))) int64_t mirror3(const uint8_t* row, int64_t widt
   return p;
 }
 
+#else
+
+bool has_avx2() { return false; }
+
 #endif
+
+// Source lines of a frame, from the first column a view reads: where they lie, or made RGB.
+class Lines {
+ public:
+  // Bytes that may be read behind the last pixel of a converted line.
+  static constexpr int64_t kPadding = 16;
+
+  void enter(const View& view, int64_t frame) {
+    if (view_ != &view) {
+      view_ = &view;
+      width_ = view.x.end - view.x.begin;
+      if (view.u != nullptr) rgb_.resize(static_cast<size_t>(view.y.count * (3 * width_ + kPadding)));
+      frame_ = -1;
+    }
+    if (frame_ != frame) {
+      frame_ = frame;
+      corner_ = view.corner + frame * view.frame;
+      if (view.u != nullptr) held_.assign(static_cast<size_t>(view.y.count), -1);
+    }
+  }
+
+  // Line `j` of the window. A converted one stays until y.count lines further on are asked for.
+  template <int CHANNELS>
+  const uint8_t* at(int64_t j) {
+    const View& view = *view_;
+    if (view.u == nullptr) return corner_ + j * view.line + view.x.begin * CHANNELS;
+    const auto slot = static_cast<size_t>(j % view.y.count);
+    uint8_t* line = rgb_.data() + static_cast<int64_t>(slot) * (3 * width_ + kPadding);
+    if (held_[slot] != j) {
+      held_[slot] = j;
+      const int64_t column = view.odd_left + view.x.begin;
+      const int64_t chroma = frame_ * view.frame + (view.odd_top + j) / 2 * ((view.line + 1) / 2) + column / 2;
+      yuv_line(view.color, corner_ + j * view.line + view.x.begin, view.u + chroma, view.v + chroma, column % 2, width_,
+               has_avx2(), line);
+    }
+    return line;
+  }
+
+ private:
+  const View* view_ = nullptr;
+  int64_t frame_ = -1, width_ = 0;
+  const uint8_t* corner_ = nullptr;  // of the window in the frame
+  std::vector<int64_t> held_;        // which line is in a slot of rgb_
+  std::vector<uint8_t> rgb_;
+};
 
 template <int CHANNELS>
 void copy_row(const View& view, const uint8_t* row, int64_t width, uint8_t* out) {
@@ -97,13 +152,13 @@ void copy_row(const View& view, const uint8_t* row, int64_t width, uint8_t* out)
 
 // Any ratio on any processor: columns first, then along the line of their sums.
 template <int CHANNELS>
-void portable_row(const View& view, const uint8_t* in, int64_t i, int64_t width, std::vector<int64_t>& line, uint8_t* out) {
+void portable_row(const View& view, Lines& lines, int64_t i, int64_t width, std::vector<int64_t>& line, uint8_t* out) {
   const Taps &y = view.y, &x = view.x;
   const int64_t n = (x.end - x.begin) * CHANNELS;
   line.assign(static_cast<size_t>(n), 0);
   for (int64_t k = 0; k < y.count; ++k) {
     const int64_t weight = y.weight[i * y.count + k];
-    const uint8_t* row = in + (y.first[i] + k) * view.line + x.begin * CHANNELS;
+    const uint8_t* row = lines.at<CHANNELS>(y.first[i] + k);
     for (int64_t e = 0; e < n; ++e) line[e] += weight * row[e];
   }
   for (int64_t p = 0; p < width; ++p) {
@@ -129,18 +184,18 @@ class Avx2Rows {
   using Floats = std::vector<float>;
 
  public:
-  explicit Avx2Rows(const uint8_t* buffer_end) : end_(buffer_end) {}
+  Avx2Rows(const uint8_t* buffer_end, Lines& lines) : end_(buffer_end), source_lines_(lines) {}
 
   static bool takes(const View& view) {
     return view.x.count <= kMostTaps && view.y.count <= kMostTaps && has_avx2();
   }
 
-  __attribute__((target("avx2,fma"))) void row(const View& view, const uint8_t* in, int64_t i, int64_t width, uint8_t* out) {
+  __attribute__((target("avx2,fma"))) void row(const View& view, int64_t frame, int64_t i, int64_t width, uint8_t* out) {
     if (&view != view_) prepare(view, width);
     const Taps& y = view.y;
-    if (in != frame_ || y.first[i] < next_ - y.count || y.first[i] > next_) next_ = y.first[i];
-    frame_ = in;
-    for (; next_ < y.first[i] + y.count; ++next_) along(in + next_ * view.line, line(next_));
+    if (frame != frame_ || y.first[i] < next_ - y.count || y.first[i] > next_) next_ = y.first[i];
+    frame_ = frame;
+    for (; next_ < y.first[i] + y.count; ++next_) along(source_lines_.at<CHANNELS>(next_), line(next_));
     const float* lines[kMostTaps];
     float weight[kMostTaps];
     for (int64_t k = 0; k < y.count; ++k) {
@@ -148,10 +203,10 @@ class Avx2Rows {
       weight[k] = static_cast<float>(y.weight[i * y.count + k]) / static_cast<float>(y.sum[i]);
     }
     switch (y.count) {
-      case 1: down<1>(lines, weight, in, i); break;
-      case 2: down<2>(lines, weight, in, i); break;
-      case 3: down<3>(lines, weight, in, i); break;
-      default: down<0>(lines, weight, in, i);
+      case 1: down<1>(lines, weight, i); break;
+      case 2: down<2>(lines, weight, i); break;
+      case 3: down<3>(lines, weight, i); break;
+      default: down<0>(lines, weight, i);
     }
     std::memcpy(out, result_.data(), static_cast<size_t>(width * CHANNELS));
   }
@@ -159,7 +214,8 @@ class Avx2Rows {
  private:
   const uint8_t* end_;             // of the buffer
   const View* view_ = nullptr;
-  const uint8_t* frame_ = nullptr;
+  Lines& source_lines_;
+  int64_t frame_ = -1;
   int64_t next_ = 0;               // lines [next_ - y.count, next_) of the frame are in lines_
   int64_t pixels_ = 0, padded_ = 0;  // of a row; its results in whole blocks
   int32_t error_ = 0;              // in kFraction; 0 where no result is doubtful
@@ -173,7 +229,7 @@ class Avx2Rows {
 
   void prepare(const View& view, int64_t width) {
     view_ = &view;
-    frame_ = nullptr;
+    frame_ = -1;
     const Taps &x = view.x, &y = view.y;
     pixels_ = width;
     padded_ = (width * CHANNELS + kBlock - 1) / kBlock * kBlock;
@@ -232,11 +288,11 @@ class Avx2Rows {
     }
   }
 
-  __attribute__((target("avx2,fma"))) void along(const uint8_t* row, float* line) {
+  __attribute__((target("avx2,fma"))) void along(const uint8_t* source, float* line) {
     const Taps& x = view_->x;
-    const uint8_t* source = row + x.begin * CHANNELS;
     const int64_t bytes = (x.end - x.begin) * CHANNELS;
-    if (end_ - source < bytes + 16) {  // 16 bytes are read from any pixel on: not where the buffer ends
+    // 16 bytes are read from any pixel on: not where the buffer ends.
+    if (view_->u == nullptr && end_ - source < bytes + Lines::kPadding) {
       std::memcpy(source_.data(), source, static_cast<size_t>(bytes));
       source = source_.data();
     }
@@ -249,7 +305,7 @@ class Avx2Rows {
 
   // A row of results from its lines.
   template <int TAPS>
-  __attribute__((target("avx2,fma"))) void down(const float* const* lines, const float* weight, const uint8_t* in, int64_t i) {
+  __attribute__((target("avx2,fma"))) void down(const float* const* lines, const float* weight, int64_t i) {
     const int64_t taps = TAPS ? TAPS : view_->y.count, size = padded_;
     const float* inverse = inverse_.data();
     uint8_t* result = result_.data();
@@ -278,27 +334,27 @@ class Avx2Rows {
       const __m256i some = _mm256_add_epi16(_mm256_blend_epi16(fixed[0], _mm256_slli_epi32(fixed[1], 16), 0xaa), error);
       const __m256i others = _mm256_add_epi16(_mm256_blend_epi16(fixed[2], _mm256_slli_epi32(fixed[3], 16), 0xaa), error);
       const __m256i doubt = _mm256_subs_epu16(_mm256_min_epu16(some, others), twice);
-      if (_mm256_movemask_epi8(_mm256_cmpeq_epi16(doubt, zero))) settle(fixed, in, i, e);
+      if (_mm256_movemask_epi8(_mm256_cmpeq_epi16(doubt, zero))) settle(fixed, i, e);
     }
   }
 
   // Compute those of a block's results in integers that float may have put on the wrong side of a half.
-  __attribute__((noinline)) void settle(const void* block, const uint8_t* in, int64_t i, int64_t e) {
+  __attribute__((noinline)) void settle(const void* block, int64_t i, int64_t e) {
     int32_t fixed[kBlock];
     std::memcpy(fixed, block, sizeof(fixed));
     for (int64_t k = 0; k < kBlock; ++k) {
-      if (((fixed[k] + error_) & (kFraction - 1)) <= 2 * error_) result_[e + k] = exact(in, i, e + k);
+      if (((fixed[k] + error_) & (kFraction - 1)) <= 2 * error_) result_[e + k] = exact(i, e + k);
     }
   }
 
-  uint8_t exact(const uint8_t* in, int64_t i, int64_t e) const {
+  uint8_t exact(int64_t i, int64_t e) const {
     const Taps &x = view_->x, &y = view_->y;
     const int64_t p = e / CHANNELS;
-    const uint8_t* corner = in + y.first[i] * view_->line + x.first[p] * CHANNELS + e % CHANNELS;
     int64_t sum = 0;
     for (int64_t j = 0; j < y.count; ++j) {
+      const uint8_t* source = source_lines_.at<CHANNELS>(y.first[i] + j) + (x.first[p] - x.begin) * CHANNELS + e % CHANNELS;
       int64_t along_line = 0;
-      for (int64_t k = 0; k < x.count; ++k) along_line += x.weight[p * x.count + k] * corner[j * view_->line + k * CHANNELS];
+      for (int64_t k = 0; k < x.count; ++k) along_line += x.weight[p * x.count + k] * source[k * CHANNELS];
       sum += y.weight[i * y.count + j] * along_line;
     }
     return rounded(sum, y.sum[i] * x.sum[p]);
@@ -317,25 +373,27 @@ void resize_rows(const std::vector<View>& plans, [[maybe_unused]] const uint8_t*
   const auto rows = static_cast<int64_t>(plans.size()) * frames * height;
   parallel_for(rows, cost, threads, [&](int64_t begin, int64_t end) {
     std::vector<int64_t> line;
+    Lines lines;
 #ifdef VMAE2_RESIZE_AVX2
-    Avx2Rows<CHANNELS> avx2(buffer_end);
+    Avx2Rows<CHANNELS> avx2(buffer_end, lines);
 #endif
     for (int64_t r = begin; r < end; ++r) {
       const View& view = plans[static_cast<size_t>(r / (frames * height))];
       const int64_t i = r % height;
-      const uint8_t* in = view.corner + r / height % frames * view.frame;
+      const int64_t frame = r / height % frames;
       uint8_t* row = out + r * width * CHANNELS;
+      lines.enter(view, frame);
       if (view.y.identity && view.x.identity) {
-        copy_row<CHANNELS>(view, in + view.y.first[i] * view.line + view.x.begin * CHANNELS, width, row);
+        copy_row<CHANNELS>(view, lines.at<CHANNELS>(view.y.first[i]), width, row);
         continue;
       }
 #ifdef VMAE2_RESIZE_AVX2
       if (CHANNELS >= 3 && Avx2Rows<CHANNELS>::takes(view)) {
-        avx2.row(view, in, i, width, row);
+        avx2.row(view, frame, i, width, row);
         continue;
       }
 #endif
-      portable_row<CHANNELS>(view, in, i, width, line, row);
+      portable_row<CHANNELS>(view, lines, i, width, line, row);
     }
   });
 }
@@ -349,8 +407,12 @@ void resize_crop(const uint8_t* buffer, int64_t bytes, const int64_t* table, int
   plans.reserve(static_cast<size_t>(views));
   for (int64_t v = 0; v < views; ++v) {
     const int64_t* t = table + v * kResizeColumns;
-    const bool flip = t[9] != 0;
-    plans.push_back({buffer + t[0], t[1], t[2], Taps(t[3], t[5], t[7], height, false), Taps(t[4], t[6], t[8], width, flip), flip});
+    const bool flip = t[9] != 0, yuv = t[15] != 0;
+    if (yuv && channels != 3) throw std::invalid_argument("resize_crop: YUV frames make clips of 3 channels");
+    const auto c = [t](int i) { return static_cast<int32_t>(t[i]); };
+    plans.push_back({buffer + t[0], t[1], t[2], Taps(t[3], t[5], t[7], height, false), Taps(t[4], t[6], t[8], width, flip), flip,
+                     yuv ? buffer + t[10] : nullptr, yuv ? buffer + t[11] : nullptr, t[12], t[13],
+                     {c(14), c(15), c(16), c(17), c(18), c(19)}});
   }
   switch (channels) {
     case 1: return resize_rows<1>(plans, buffer + bytes, frames, height, width, out, threads);

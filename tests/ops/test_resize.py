@@ -13,8 +13,9 @@ from torch.nn import functional as F
 
 from tests.support import awkward, backends, compiles, expanded, opcheck
 from vmae2_fast import backend
-from vmae2_fast.ops import Window, resize_crop, resize_crop_packed
-from vmae2_fast.ops.resize import MAX_SIDE
+from vmae2_fast.ops import Window, Yuv420, resize_crop, resize_crop_packed
+from vmae2_fast.ops._resize_table import MAX_SIDE
+from vmae2_fast.ops.yuv import NOT_YUV, coefficients, frame_bytes
 
 BACKENDS = backends("resize_crop")
 FAST = [name for name in BACKENDS if name != "triton" or torch.cuda.is_available()]  # not Triton's interpreter
@@ -173,7 +174,11 @@ def test_packed_frames_with_strides(name: str) -> None:
     buffer = padded.reshape(-1)
     frame, line = 9 * 16 * 3, 16 * 3
     clips = torch.tensor(
-        [[frame, 2, 9, 13, frame, line], [frame + 3 * 3, 2, 9, 13, frame, line], [0, 2, 9, 16, 2 * frame, line]]
+        [
+            [frame, 2, 9, 13, frame, line, *NOT_YUV],
+            [frame + 3 * 3, 2, 9, 13, frame, line, *NOT_YUV],
+            [0, 2, 9, 16, 2 * frame, line, *NOT_YUV],
+        ]
     )
     windows = torch.tensor(
         [[1, 0, 0, 9, 13, 5, 6, 0, 0, 0], [0, 0, 0, 9, 13, 5, 6, 0, 0, 0], [2, 0, 0, 9, 16, 8, 9, 1, 2, 1]]
@@ -192,7 +197,7 @@ def test_buffers_beyond_two_gigabytes(name: str) -> None:
     frames = video(9, 13, frames=2)
     far = 2**31 + 64
     buffer[:351], buffer[far : far + 351] = frames[0].flatten(), frames[1].flatten()
-    clips = torch.tensor([[0, 2, 9, 13, far, 39], [far, 2, 9, 13, 0, 39]])
+    clips = torch.tensor([[0, 2, 9, 13, far, 39, *NOT_YUV], [far, 2, 9, 13, 0, 39, *NOT_YUV]])
     windows = torch.tensor([[0, 0, 0, 9, 13, 4, 4, 0, 0, 0], [1, 0, 0, 9, 13, 4, 4, 0, 0, 0]])
     with backend.use_backend(name):
         out = resize_crop_packed(buffer, clips, windows, buffer.new_empty(2, 2, 4, 4, 3))
@@ -201,9 +206,155 @@ def test_buffers_beyond_two_gigabytes(name: str) -> None:
     assert torch.equal(out[1], expected[1:].expand(2, -1, -1, -1))
 
 
+FORMATS = [(matrix, value_range) for matrix in ("bt601", "bt709") for value_range in ("limited", "full")]
+
+
+def planar(height: int, width: int, frames: int = 2, matrix: str = "bt601", value_range: str = "limited") -> Yuv420:
+    planes = torch.randint(0, 256, (frames, frame_bytes(height, width)), dtype=torch.uint8)
+    return Yuv420(planes, height, width, matrix, value_range)
+
+
+def exact_rgb(video: Yuv420) -> Tensor:
+    """Float64 [T, H, W, 3] after the formulas of BT.601 and BT.709, not rounded; chroma repeated for the pixels it covers."""
+    h, w = video.height, video.width
+    y, chroma = video.planes[:, : h * w].view(-1, h, w), video.planes[:, h * w :].view(-1, 2, (h + 1) // 2, (w + 1) // 2)
+    chroma = chroma.repeat_interleave(2, 2).repeat_interleave(2, 3)[..., :h, :w]
+    if video.value_range == "limited":
+        luma, (cb, cr) = (y.double() - 16) / 219, ((chroma.double() - 128) / 224).unbind(1)
+    else:
+        luma, (cb, cr) = y.double() / 255, ((chroma.double() - 128) / 255).unbind(1)
+    red, blue = {"bt601": (0.299, 0.114), "bt709": (0.2126, 0.0722)}[video.matrix]
+    r, b = luma + 2 * (1 - red) * cr, luma + 2 * (1 - blue) * cb
+    g = (luma - red * r - blue * b) / (1 - red - blue)
+    return (255 * torch.stack([r, g, b], -1)).clamp(0, 255)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("name", BACKENDS)
+def test_yuv_is_its_rgb_resized(name: str, case: str) -> None:
+    """The same bits as converting first, whatever the window's parity; and that is the exact conversion, rounded."""
+    height, width, window, size = CASES[case]
+    for matrix, value_range in FORMATS if name in FAST else FORMATS[1:3]:
+        video = planar(height, width, matrix=matrix, value_range=value_range)
+        with backend.use_backend("reference"):
+            rgb = resize_crop(video, [Window(0, 0, height, width)], (height, width))[0]
+            expected = resize_crop(rgb, [window], size)
+        assert float((rgb - exact_rgb(video)).abs().max()) <= 0.53
+        with backend.use_backend(name):
+            clip = resize_crop(video, [window], size)
+        assert torch.equal(clip, expected)
+        assert float((clip[0] - exact(exact_rgb(video), window, size)).abs().max()) <= 1.03  # two roundings
+
+
+@pytest.mark.parametrize("name", [n for n in FAST if n != "reference"])
+def test_yuv_of_every_level_and_width(name: str) -> None:
+    """All pairs of luma and one chroma, the other random, and every remainder of a vector's width at either parity."""
+    levels = torch.arange(256, dtype=torch.uint8)
+    for matrix, value_range in FORMATS:
+        y, chroma = levels.repeat_interleave(2).expand(512, 512), levels[:, None].expand(256, 256)
+        noise = torch.randint(0, 256, (256, 256), dtype=torch.uint8)
+        planes = torch.stack([torch.cat([p.flatten() for p in (y, *c)]) for c in ((chroma, noise), (noise, chroma))])
+        video = Yuv420(planes, 512, 512, matrix, value_range)
+        whole = [Window(0, 0, 512, 512)]
+        with backend.use_backend(name):
+            found = resize_crop(video, whole, 512)
+        assert float((found[0] - exact_rgb(video)).abs().max()) <= 0.53
+        with backend.use_backend("reference"):
+            assert torch.equal(found, resize_crop(video, whole, 512))
+    video = planar(5, 61, frames=1)
+    for left in (0, 1):
+        for width in range(1, 61):
+            windows = [Window(left, left, 4, width, bool(width % 2))]
+            results = []
+            for backend_name in (name, "reference"):
+                with backend.use_backend(backend_name):
+                    results += [resize_crop(video, windows, (4, width)), resize_crop(video, windows, (3, width + 1))]
+            assert torch.equal(results[0], results[2])
+            assert torch.equal(results[1], results[3])
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_yuv_beside_rgb_and_several_clips(name: str) -> None:
+    """Formats mix in one call; clips of one tensor need no copy and are those of a sequence."""
+    window, other = Window(1, 1, 7, 9), Window(2, 3, 6, 5, True)
+    planes = planar(9, 13, frames=4).planes.unflatten(0, (2, 2))
+    two = [Yuv420(p, 9, 13) for p in planes]
+    rgb, third = video(9, 13), planar(7, 8, matrix="bt709", value_range="full")
+    with backend.use_backend(name):
+        views = [[window, other], [window], [other], [Window(0, 0, 7, 8)]]
+        clips = [two[0], rgb, two[1], third]
+        together = resize_crop(clips, views, 5)
+        alone = [resize_crop(clip, own, 5) for clip, own in zip(clips, views, strict=True)]
+        assert torch.equal(together, torch.cat(alone))
+        assert torch.equal(resize_crop(Yuv420(planes, 9, 13), [views[0], views[2]], 5), together[[0, 1, 3]])
+        gap = torch.zeros(2, 2, 2 * frame_bytes(9, 13), dtype=torch.uint8)[..., ::2].copy_(planes)
+        assert torch.equal(resize_crop(Yuv420(gap, 9, 13), [views[0], views[2]], 5), together[[0, 1, 3]])
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_yuv_lines_with_gaps(name: str) -> None:
+    """Planes whose lines are longer than the frame is wide (odd and even), in a buffer without a byte to spare."""
+    for line in (15, 16):
+        whole = planar(9, line, frames=2)
+        size, chroma_line = frame_bytes(9, line), (line + 1) // 2
+        # of the last V line only the seven samples of thirteen pixels are there
+        buffer = whole.planes.flatten()[: 2 * size - (chroma_line - 7)].clone()
+        clips = torch.tensor([[0, 2, 9, 13, size, line, *coefficients("bt601", "limited")]])
+        windows = torch.tensor([[0, 1, 3, 8, 10, 5, 6, 0, 0, 1], [0, 0, 0, 9, 13, 9, 13, 4, 0, 0]])
+        with backend.use_backend(name):
+            out = resize_crop_packed(buffer, clips, windows, buffer.new_empty(2, 2, 5, 6, 3))
+            assert torch.equal(out[:1], resize_crop(whole, [Window(1, 3, 8, 10, True)], (5, 6)))
+            rgb = resize_crop(whole, [Window(0, 0, 9, line)], (9, line))[0]
+            assert torch.equal(out[1], rgb[:, 4:9, :6])
+            with pytest.raises(ValueError, match=f"clip 0 ends at byte {buffer.numel()} of a buffer of {buffer.numel() - 1}"):
+                resize_crop_packed(buffer[:-1], clips, windows, out)
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_yuv_threads_change_nothing(name: str) -> None:
+    frames = planar(91, 121, frames=4)
+    windows = [Window(0, 0, 91, 91), Window(5, 9, 77, 61, True), Window(0, 3, 64, 64, False, (64, 85))]
+    with backend.use_backend(name):
+        one = resize_crop(frames, windows, 64, threads=1)
+        assert all(torch.equal(one, resize_crop(frames, windows, 64, threads=n)) for n in (2, 3, 16, None))
+
+
+def test_rejected_yuv() -> None:
+    good = planar(9, 13)
+    for values, message in (
+        ({"matrix": "bt2020"}, "matrix must be one of bt601, bt709, got 'bt2020'"),
+        ({"value_range": "tv"}, "value_range must be one of limited, full, got 'tv'"),
+        ({"height": 10}, r"must be uint8 \[T, 200\] or \[N, T, 200\], got torch.uint8 \(2, 187\)"),
+        ({"height": 0}, "must have a pixel, got 0 x 13"),
+        ({"planes": good.planes.int()}, "must be uint8"),
+        ({"planes": good.planes[0]}, "must be uint8"),
+    ):
+        with pytest.raises(ValueError, match=f"resize_crop: .*{message}"):
+            Yuv420(**{"planes": good.planes, "height": 9, "width": 13, **values})
+    for frames, windows, message in (
+        (good, [Window(0, 0, 10, 4)], "inside its frames of 9 x 13"),
+        ([good, planar(9, 13, frames=3)], [[Window(0, 0, 4, 4)]] * 2, "one T, C and device"),
+        ([good, video(9, 13, channels=1)], [[Window(0, 0, 4, 4)]] * 2, "one T, C and device"),
+        ([Yuv420(good.planes[None], 9, 13)], [[Window(0, 0, 4, 4)]], "several clips in one"),
+    ):
+        with pytest.raises(ValueError, match=f"resize_crop: .*{message}"):
+            resize_crop(frames, windows, 5)
+    buffer, color = good.planes.flatten(), coefficients("bt709", "full")
+    windows, out = torch.tensor([[0, 0, 0, 9, 13, 4, 4, 0, 0, 0]]), buffer.new_empty(1, 2, 4, 4, 3)
+    for line, own, target, message in (
+        (12, color, out, "a line at least its width"),
+        (13, color, out[..., :1].contiguous(), "out must have 3 channels"),
+        (13, color._replace(y=-1), out, "coefficients"),
+        (13, color._replace(black=256), out, "coefficients"),
+        (13, color._replace(bu=1 << 15), out, "coefficients"),
+    ):
+        with pytest.raises(ValueError, match=f"resize_crop: clip 0 .*{message}"):
+            resize_crop_packed(buffer, torch.tensor([[0, 2, 9, 13, 187, line, *own]]), windows, target)
+
+
 def test_opcheck_fake_and_compile() -> None:
     buffer, out = video(9, 13).reshape(-1), torch.zeros(2, 2, 4, 4, 3, dtype=torch.uint8)
-    clips = torch.tensor([[0, 2, 9, 13, 351, 39]])
+    clips = torch.tensor([[0, 2, 9, 13, 351, 39, *NOT_YUV]])
     windows = torch.tensor([[0, 0, 0, 9, 13, 4, 4, 0, 0, 0], [0, 1, 2, 6, 6, 4, 4, 0, 0, 1]])
     opcheck(torch.ops.vmae2.resize_crop.default, (buffer, clips, windows, out, 0))
     frames, views = video(9, 13), [Window(0, 0, 9, 13), Window(1, 2, 6, 6, True)]
@@ -268,7 +419,7 @@ def test_rejected_arguments() -> None:
 def test_rejected_tables() -> None:
     """Numbers that would lead a kernel out of the buffer never reach it."""
     buffer = video(9, 13).reshape(-1)
-    clip, window = [0, 2, 9, 13, 351, 39], [0, 0, 0, 9, 13, 4, 4, 0, 0, 0]
+    clip, window = [0, 2, 9, 13, 351, 39, *NOT_YUV], [0, 0, 0, 9, 13, 4, 4, 0, 0, 0]
     good = torch.tensor([clip]), torch.tensor([window]), buffer.new_empty(1, 2, 4, 4, 3)
 
     def changed(row: list[int], column: int, value: int) -> Tensor:
@@ -280,7 +431,7 @@ def test_rejected_tables() -> None:
     for column, value in ((0, 1), (0, -1), (1, 1), (2, -1), (5, 3), (6, 8193), (7, 1), (8, -1), (9, 2)):
         with pytest.raises(ValueError, match="resize_crop: window 0"):
             resize_crop_packed(buffer, good[0], changed(window, column, value), good[2])
-    for bad in (good[0].int(), good[0][0], good[0][:, :5]):
+    for bad in (good[0].int(), good[0][0], good[0][:, :6]):
         with pytest.raises(ValueError, match="resize_crop: clips must be int64"):
             resize_crop_packed(buffer, bad, *good[1:])
     with pytest.raises(ValueError, match="resize_crop: windows must be int64"):

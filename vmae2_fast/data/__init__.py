@@ -5,9 +5,11 @@ from .evaluation_loader import EvaluationLoader, VideoViews
 from .lists import ManifestError
 from .loader import BadDataError, Batch, Replaced, VideoLoader
 from .manifest import Manifest, Record, Source, open_sources, read_datasets
+from .planes import decode_yuv420
 from .schedule import Mixture
 
 __all__ = [
     "BadDataError", "Batch", "DecodeError", "EvaluationLoader", "Manifest", "ManifestError", "Mixture", "Record", "Replaced",
-    "Source", "VideoLoader", "VideoViews", "decode_video", "open_sources", "probe", "read_datasets",
+    "Source", "VideoLoader", "VideoViews", "decode_video", "decode_yuv420", "open_sources", "probe",
+    "read_datasets",
 ]  # fmt: skip

@@ -279,12 +279,29 @@ def decode_video(path: str, ids: np.ndarray) -> np.ndarray:
 
 def decode_timed(path: str, ids: np.ndarray) -> Decoded:
     """`decode_video` with the timestamp of every frame: those of `probe(path).pts[ids]`, or the file is refused."""
-    return _guarded(path, _decode_video, np.asarray(ids, dtype=np.int64))
+    ids = np.asarray(ids, dtype=np.int64)
+    wanted, place = np.unique(ids, return_inverse=True)
+    found, timed = _guarded(path, _find_frames, wanted)
+    unique = rgb_frames(path, found)
+    pts = np.array([frame.pts for frame in found], dtype=np.int64) if timed else None
+    if np.array_equal(wanted, ids):
+        return Decoded(unique, pts)
+    return Decoded(unique[place], None if pts is None else pts[place])
 
 
-def _decode_video(path: str, ids: np.ndarray) -> Decoded:
+def find_frames(path: str, wanted: np.ndarray) -> list[Any]:
+    """Frames `wanted` (ascending ids) of a video file as PyAV gives them: not converted, not rotated. Raises DecodeError."""
+    return _guarded(path, _find_frames, wanted)[0]
+
+
+def rgb_frames(path: str, found: list[Any]) -> np.ndarray:
+    """PyAV's frames as RGB uint8 [len(found), H, W, 3], rotated as they are to be shown. Raises DecodeError."""
+    return _guarded(path, _rgb_frames, found)
+
+
+def _find_frames(path: str, wanted: np.ndarray) -> tuple[list[Any], bool]:
+    """The frames, and whether they were found by their timestamps."""
     info = probe(path)
-    wanted = np.unique(ids)
     if wanted[0] < 0 or wanted[-1] >= info.num_frames:
         raise DecodeError(path, f"frame {wanted[-1]} was asked for, the video has {info.num_frames}")
     found = None
@@ -293,21 +310,19 @@ def _decode_video(path: str, ids: np.ndarray) -> Decoded:
         if found is None and wanted[0] > 0:
             found = _by_time(path, info.pts, wanted, seek=False)
     timed = found is not None
-    if found is None:
-        found = _by_count(path, info, wanted)
+    return (_by_count(path, info, wanted) if found is None else found), timed
+
+
+def _rgb_frames(path: str, found: list[Any]) -> np.ndarray:
     first = _to_rgb(found[0])
-    unique = np.empty((len(wanted), *first.shape), dtype=np.uint8)
+    unique = np.empty((len(found), *first.shape), dtype=np.uint8)
     unique[0] = first
-    for i in range(1, len(wanted)):
+    for i in range(1, len(found)):
         unique[i] = _to_rgb(found[i], like=found[0])
     turns = round(found[0].rotation / 90) % 4
     if turns:
         unique = np.ascontiguousarray(np.rot90(unique, turns, axes=(1, 2)))
-    pts = None if not timed else np.array([frame.pts for frame in found], dtype=np.int64)
-    if np.array_equal(wanted, ids):
-        return Decoded(unique, pts)
-    place = np.searchsorted(wanted, ids)
-    return Decoded(unique[place], None if pts is None else pts[place])
+    return unique
 
 
 def stream_video(path: str, chunk: int = 32) -> Iterator[np.ndarray]:

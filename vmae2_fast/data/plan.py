@@ -7,7 +7,7 @@ these and the view's number: workers, devices, batches and what was decoded befo
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -15,6 +15,7 @@ import torch
 
 from ..config import AugmentConfig
 from ..ops.resize import Window, resize_crop
+from ..ops.yuv import Yuv420
 from . import sampling
 from .augment import Erasure, draw_erasure, erase_
 from .randaugment import Operation, draw_operations, parse_policy, randaugment
@@ -104,15 +105,28 @@ class Planner:
 
 
 def cut_views(
-    video: torch.Tensor, plans: Sequence[ViewPlan], size: int, *, out: torch.Tensor | None = None, threads: int | None = None
+    video: torch.Tensor | Yuv420,
+    plans: Sequence[ViewPlan],
+    size: int,
+    *,
+    out: torch.Tensor | None = None,
+    threads: int | None = None,
 ) -> torch.Tensor:
     """Every view of the frames of one clip, on the frames' device: uint8 [T, H, W, C] -> [V, T, size, size, C].
 
+    Frames in YUV 4:2:0 become RGB where they are read, and whole only for plans that augment whole frames.
     out: uint8 of that shape, written in place of a new tensor; `threads` as in `vmae2_fast.ops.resize_crop`.
     """
+    if isinstance(video, Yuv420):
+        pixels, channels = video.planes, 3
+        if any(plan.operations for plan in plans):
+            side = video.height, video.width
+            video = resize_crop(video, [Window(0, 0, *side)], side, threads=threads)[0]
+    else:
+        pixels, channels = video, video.shape[-1]
     if out is None:
-        out = video.new_empty((len(plans), video.shape[0], size, size, video.shape[-1]))
-    if any(plan.operations for plan in plans):
+        out = pixels.new_empty((len(plans), pixels.shape[0], size, size, channels))
+    if isinstance(video, torch.Tensor) and any(plan.operations for plan in plans):
         for plan, view in zip(plans, out.split(1), strict=True):  # one at a time: whole frames of all views are large
             frames = randaugment(video[None], [plan.operations])[0] if plan.operations else video
             resize_crop(frames, [plan.window], size, out=view, threads=threads)
@@ -129,11 +143,18 @@ def test_windows(height: int, width: int, size: int, crops: int) -> list[Window]
     return [Window(top, left, size, size, scaled=scaled) for top, left in sampling.spatial_views(*scaled, size, crops)]
 
 
-def cut_test_views(video: torch.Tensor, *, segments: int, size: int, crops: int, threads: int | None = None) -> torch.Tensor:
+def cut_test_views(
+    video: torch.Tensor | Yuv420, *, segments: int, size: int, crops: int, threads: int | None = None
+) -> torch.Tensor:
     """Every test view of the frames of one video: uint8 [segments * T, H, W, C] -> [segments * crops, T, size, size, C].
 
-    Segment-major; `threads` as in `vmae2_fast.ops.resize_crop`.
+    Segment-major; frames may be in YUV 4:2:0; `threads` as in `vmae2_fast.ops.resize_crop`.
     """
-    height, width = video.shape[1:3]
+    if isinstance(video, Yuv420):
+        height, width = video.height, video.width
+        clips: torch.Tensor | Yuv420 = replace(video, planes=video.planes.unflatten(0, (segments, -1)))
+    else:
+        height, width = video.shape[1:3]
+        clips = video.unflatten(0, (segments, -1))
     windows = test_windows(height, width, size, crops)
-    return resize_crop(video.unflatten(0, (segments, -1)), [windows] * segments, size, threads=threads)
+    return resize_crop(clips, [windows] * segments, size, threads=threads)

@@ -11,12 +11,14 @@ from .patches import IMAGENET_MEAN, IMAGENET_STD, gather_patches, scatter_patche
 from .reconstruction import patch_statistics, reconstruction_loss
 from .resize import Window, resize_crop, resize_crop_packed
 from .roi_align import roi_align, roi_align_max
+from .yuv import Yuv420
 
 __all__ = [
     "IMAGENET_MEAN",
     "IMAGENET_STD",
     "DualMask",
     "Window",
+    "Yuv420",
     "attention",
     "cosine_attention",
     "decoder_tokens",

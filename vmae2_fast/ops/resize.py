@@ -9,6 +9,9 @@ window alone. Along an axis of n pixels resized to a grid of m, with M = max(n, 
 and the quotient is rounded to the nearest integer, halves up. Every backend computes these integers exactly: clips are the
 same bits on every device, for any number of threads and whatever else is in the call. The floor is the bytes of the windows
 read once and of the clips written once.
+
+Frames are RGB (or any other 1 to 4 channels), or YUV 4:2:0 planes as decoders give them (`yuv.Yuv420`). Of these, pixels the
+filter reads are made RGB on the way, rounded to whole levels as `yuv` says: the clip of the RGB frames, without the frames.
 """
 
 from __future__ import annotations
@@ -23,9 +26,8 @@ from torch import Tensor
 from .. import backend
 from . import _native
 from ._register import check, define, kernel
-
-MAX_SIDE = 8192
-"""Largest height and width of a window and of the grid it is resized to: sums of any ratio stay within 63 bits."""
+from ._resize_table import CLIP, WINDOW, View, resolve
+from .yuv import NOT_YUV, Coefficients, Yuv420, coefficients, frame_bytes, rgb_reference
 
 
 class Window(NamedTuple):
@@ -69,21 +71,36 @@ def _filter(pixels: Tensor, dim: int, first: Tensor, weight: Tensor) -> Tensor:
     return total
 
 
+def _window_pixels(buffer: Tensor, view: View, frames: int, channels: int) -> list[Tensor]:
+    """Each frame's pixels of a window, int64 [H, W, C]."""
+
+    def plane(offset: int, height: int, width: int, line: int, channels: int = 1) -> Tensor:
+        start = buffer.storage_offset() + offset
+        return buffer.as_strided((frames, height, width, channels), (view.frame_stride, line, channels, 1), start)
+
+    video = plane(view.offset, view.height, view.width, view.line_stride, channels if view.y == 0 else 1)
+    if view.y == 0:
+        return [frame.long() for frame in video]
+    rows = torch.arange(view.odd_top, view.odd_top + view.height, device=buffer.device) // 2
+    columns = torch.arange(view.odd_left, view.odd_left + view.width, device=buffer.device) // 2
+    sides = (view.odd_top + view.height + 1) // 2, (view.odd_left + view.width + 1) // 2, (view.line_stride + 1) // 2
+    u, v = (plane(offset, *sides)[:, rows][:, :, columns] for offset in (view.u, view.v))
+    color = Coefficients(*view[-len(NOT_YUV) :])
+    return [rgb_reference(y[..., 0], u[..., 0], v[..., 0], color) for y, u, v in zip(video, u, v, strict=True)]
+
+
 def resize_crop_reference(buffer: Tensor, table: Tensor, out: Tensor, threads: int) -> None:
     """The specification: the formula above, frame by frame, rows first."""
     frames, height, width, channels = out.shape[1:]
     for clip, row in zip(out, table.tolist(), strict=True):
-        offset, frame_stride, line_stride, window_h, window_w, grid_h, grid_w, grid_top, grid_left, flip = row
-        video = buffer.as_strided(
-            (frames, window_h, window_w, channels),
-            (frame_stride, line_stride, channels, 1),
-            buffer.storage_offset() + offset,
-        )
-        y_first, y_weight = (t.to(buffer.device) for t in _taps(window_h, grid_h, grid_top, height, False))
-        x_first, x_weight = (t.to(buffer.device) for t in _taps(window_w, grid_w, grid_left, width, bool(flip)))
+        view = View(*row)
+        y_taps = _taps(view.height, view.grid_height, view.grid_top, height, False)
+        x_taps = _taps(view.width, view.grid_width, view.grid_left, width, bool(view.flip))
+        y_first, y_weight = (t.to(buffer.device) for t in y_taps)
+        x_first, x_weight = (t.to(buffer.device) for t in x_taps)
         total = y_weight.sum(1)[:, None, None] * x_weight.sum(1)[:, None]
-        for image, frame in zip(clip, video, strict=True):
-            sums = _filter(_filter(frame.long(), 0, y_first, y_weight), 1, x_first, x_weight)
+        for image, frame in zip(clip, _window_pixels(buffer, view, frames, channels), strict=True):
+            sums = _filter(_filter(frame, 0, y_first, y_weight), 1, x_first, x_weight)
             image.copy_((2 * sums + total).div_(2 * total, rounding_mode="floor"))
 
 
@@ -112,56 +129,8 @@ backend.register_op(
     {"cpu": ("native", "reference"), "cuda": ("triton", "reference"), "*": ("reference",)},
 )
 
-_CLIP = ("offset", "frames", "height", "width", "frame_stride", "line_stride")
-_WINDOW = ("clip", "top", "left", "height", "width", "grid_height", "grid_width", "grid_top", "grid_left", "flip")
-
-
-def _resolve(buffer: Tensor, clips: Tensor, windows: Tensor, out: Tensor) -> Tensor:
-    """What kernels follow, one row a view: offset of the window's first pixel, frame stride, line stride, height and width of
-    the window and of its grid, first row and column of the grid to compute, flip. Every number is checked on the way."""
-    frames, height, width, channels = out.shape[1:]
-    sources = clips.tolist()
-    for i, row in enumerate(sources):
-        offset, count, clip_h, clip_w, frame_stride, line_stride = row
-        if count != frames or min(clip_h, clip_w) < 1 or min(offset, frame_stride, line_stride) < 0:
-            raise ValueError(
-                f"resize_crop: clip {i} must have {frames} frames (as out has) of at least one pixel and no negative offset "
-                f"or stride, got {dict(zip(_CLIP, row))}"
-            )
-        end = offset + (count - 1) * frame_stride + (clip_h - 1) * line_stride + clip_w * channels
-        if end > buffer.numel():
-            raise ValueError(
-                f"resize_crop: clip {i} ends at byte {end} of a buffer of {buffer.numel()}: {dict(zip(_CLIP, row))} with "
-                f"{channels} channels"
-            )
-    table = []
-    for v, row in enumerate(windows.tolist()):
-        source, top, left, window_h, window_w, grid_h, grid_w, grid_top, grid_left, flip = row
-        if not 0 <= source < len(sources):
-            raise ValueError(f"resize_crop: window {v} names clip {source} of {len(sources)}")
-        offset, _, clip_h, clip_w, frame_stride, line_stride = sources[source]
-        if min(top, left) < 0 or min(window_h, window_w) < 1 or top + window_h > clip_h or left + window_w > clip_w:
-            raise ValueError(
-                f"resize_crop: window {v}, {window_h} x {window_w} pixels at ({top}, {left}), must hold a pixel and lie "
-                f"inside its frames of {clip_h} x {clip_w}"
-            )
-        if min(grid_top, grid_left) < 0 or grid_top + height > grid_h or grid_left + width > grid_w or flip not in (0, 1):
-            raise ValueError(
-                f"resize_crop: window {v} cuts {height} x {width} pixels at ({grid_top}, {grid_left}) out of frames scaled to "
-                f"{grid_h} x {grid_w}; they must lie inside, and flip ({flip}) be 0 or 1"
-            )
-        if max(window_h, window_w, grid_h, grid_w) > MAX_SIDE:
-            raise ValueError(
-                f"resize_crop: window {v} resizes {window_h} x {window_w} pixels to {grid_h} x {grid_w}; no side may exceed "
-                f"{MAX_SIDE}"
-            )
-        offset += top * line_stride + left * channels
-        table.append([offset, frame_stride, line_stride, window_h, window_w, grid_h, grid_w, grid_top, grid_left, flip])
-    return torch.tensor(table, dtype=torch.int64)
-
-
 def _body(buffer: Tensor, clips: Tensor, windows: Tensor, out: Tensor, threads: int) -> None:
-    table = _resolve(buffer, clips, windows, out)
+    table = resolve(buffer, clips, windows, out)
     if out.numel():
         backend.run("resize_crop", backend.pick("resize_crop", buffer.device), buffer, table, out, threads)
 
@@ -177,9 +146,10 @@ def resize_crop_packed(buffer: Tensor, clips: Tensor, windows: Tensor, out: Tens
     """`resize_crop` for clips of different sizes in one buffer: fills and returns `out`, uint8 [B, T, H, W, C].
 
     Args:
-        buffer: uint8 [bytes], contiguous; frames lie in it channels-last, C bytes a pixel.
-        clips: int64 [N, 6] on the CPU: offset of the first byte, frames (T), height and width in pixels, strides of frames and
-            of lines in bytes.
+        buffer: uint8 [bytes], contiguous; frames lie in it channels-last, C bytes a pixel, or as YUV 4:2:0 planes: luma lines,
+            behind the last of them those of U, then of V, these with half the stride, rounded up.
+        clips: int64 [N, 12] on the CPU: offset of the first byte, frames (T), height and width in pixels, strides of frames
+            and of (luma) lines in bytes, and `yuv.coefficients` of its matrix and range, or `yuv.NOT_YUV`.
         windows: int64 [B, 10] on the CPU, one row a view: the row of `clips` it is cut from; top, left, height and width of
             its source window; height and width of the grid that window is resized to; the grid's first row and column to
             compute (H x W of it are); flip, 0 or 1.
@@ -193,7 +163,7 @@ def resize_crop_packed(buffer: Tensor, clips: Tensor, windows: Tensor, out: Tens
         buffer.dtype == torch.uint8 and buffer.ndim == 1 and buffer.is_contiguous(),
         f"resize_crop: buffer must be contiguous uint8 [bytes], got {buffer.dtype} {tuple(buffer.shape)}",
     )
-    for name, table, columns in (("clips", clips, len(_CLIP)), ("windows", windows, len(_WINDOW))):
+    for name, table, columns in (("clips", clips, len(CLIP)), ("windows", windows, len(WINDOW))):
         check(
             table.dtype == torch.int64 and table.ndim == 2 and table.shape[1] == columns and table.device.type == "cpu",
             f"resize_crop: {name} must be int64 [rows, {columns}] on the cpu, got {table.dtype} {tuple(table.shape)} on "
@@ -227,22 +197,58 @@ def _window_row(clip: int, window: Window, frame: tuple[int, int], size: tuple[i
     return [clip, 0, 0, *frame, *window.scaled, window.top, window.left, window.flip]
 
 
-def _side_by_side(clips: Sequence[Tensor]) -> tuple[int, int, Tensor]:
-    """Frames and channels of all clips, and the clips in one buffer."""
+class _Layout(NamedTuple):
+    """Clips in one buffer, one behind the other."""
+
+    buffer: Tensor
+    frames: int
+    channels: int
+    sides: list[tuple[int, int]]
+    """Height and width of each."""
+    colors: list[Coefficients]
+
+
+def _stacked(frames: Tensor | Yuv420) -> tuple[_Layout, bool]:
+    """The clips of one tensor, and whether there is a dimension for them."""
+    if isinstance(frames, Yuv420):
+        planes, side = frames.planes, (frames.height, frames.width)
+        several, channels, color = planes.ndim == 3, 3, coefficients(frames.matrix, frames.value_range)
+    else:
+        check(
+            frames.ndim in (4, 5) and frames.dtype == torch.uint8,
+            f"resize_crop: frames must be uint8 [T, H, W, C] or [N, T, H, W, C], got {frames.dtype} {tuple(frames.shape)}",
+        )
+        planes, side, several = frames, (frames.shape[-3], frames.shape[-2]), frames.ndim == 5
+        channels, color = frames.shape[-1], NOT_YUV
+    count = planes.shape[0] if several else 1
+    buffer = planes.reshape(-1).contiguous()
+    return _Layout(buffer, planes.shape[int(several)], channels, [side] * count, [color] * count), several
+
+
+def _side_by_side(clips: Sequence[Tensor | Yuv420]) -> _Layout:
+    """Clips of any sizes and formats, copied into one buffer."""
     check(len(clips) > 0, "resize_crop: the sequence of clips is empty")
-    first = clips[0]
+    layouts: list[_Layout] = []
     for clip in clips:
-        same = clip.device == first.device and clip.ndim == first.ndim == 4
-        if not same or clip.dtype != torch.uint8 or clip.shape[::3] != first.shape[::3]:
+        layout, several = _stacked(clip)
+        first = layouts[0] if layouts else layout
+        if several or (layout.frames, layout.channels, layout.buffer.device) != (
+            first.frames, first.channels, first.buffer.device,
+        ):  # fmt: skip
             raise ValueError(
-                "resize_crop: frames must be uint8 [T, H, W, C], with one T, C and device for all clips, got "
-                f"{clip.dtype} {tuple(clip.shape)} on {clip.device} beside {tuple(first.shape)} on {first.device}"
+                "resize_crop: frames must be uint8 [T, H, W, C] or YUV 4:2:0 [T, bytes], with one T, C and device for all "
+                f"clips, got T={layout.frames}, C={layout.channels} on {layout.buffer.device}"
+                f"{', and several clips in one' if several else ''} beside T={first.frames}, C={first.channels} on "
+                f"{first.buffer.device}"
             )
-    return first.shape[0], first.shape[3], torch.cat([clip.reshape(-1) for clip in clips])
+        layouts.append(layout)
+    buffer = torch.cat([layout.buffer for layout in layouts])
+    sides, colors = [layout.sides[0] for layout in layouts], [layout.colors[0] for layout in layouts]
+    return _Layout(buffer, layouts[0].frames, layouts[0].channels, sides, colors)
 
 
 def resize_crop(
-    frames: Tensor | Sequence[Tensor],
+    frames: Tensor | Yuv420 | Sequence[Tensor | Yuv420],
     windows: Sequence[Window] | Sequence[Sequence[Window]],
     size: int | tuple[int, int],
     *,
@@ -252,42 +258,39 @@ def resize_crop(
     """Cut windows out of decoded frames and resize them, antialiased bilinear: contiguous uint8 [B, T, size, size, C].
 
     Args:
-        frames: uint8 [T, H, W, C] of one clip, with one `Window` for each view; or the clips of a batch, [N, T, H, W, C] or a
-            sequence of [T, H, W, C] of any heights and widths, with a sequence of windows for each clip. Rows of the result
-            are clip-major. A sequence is first copied into one buffer (`resize_crop_packed` takes such a buffer), and so are
-            frames that are not contiguous.
+        frames: uint8 [T, H, W, C] of one clip or a `Yuv420` of it (C is 3 then: RGB), with one `Window` for each view; or the
+            clips of a batch, [N, T, H, W, C] or a `Yuv420` of N clips or a sequence of single clips of any heights, widths and
+            formats, with a sequence of windows for each clip. Rows of the result are clip-major. A sequence is first copied
+            into one buffer (`resize_crop_packed` takes such a buffer), and so are frames that are not contiguous.
         windows: see `Window`. Identity sizes copy pixels exactly.
         size: height and width of the result in pixels, one number for both.
         out: where to write the result; must not share memory with `frames`.
         threads: CPU threads of this call; None: torch's. Callers that run several calls side by side say 1.
 
-    Raises ValueError for a window outside its frame, sides above `MAX_SIDE`, or shapes that do not fit.
+    Raises ValueError for a window outside its frame, sides above 8192, or shapes that do not fit.
     """
     height, width = (size, size) if isinstance(size, int) else size
-    sides: list[tuple[int, int]]
-    if isinstance(frames, Tensor):
-        check(
-            frames.ndim in (4, 5) and frames.dtype == torch.uint8,
-            f"resize_crop: frames must be uint8 [T, H, W, C] or [N, T, H, W, C], got {frames.dtype} {tuple(frames.shape)}",
-        )
-        t, h, w, c = frames.shape[-4:]
-        sides, buffer = [(h, w)] * (frames.shape[0] if frames.ndim == 5 else 1), frames.reshape(-1)
-        nested = windows if frames.ndim == 5 else [windows]
+    nested: object = windows
+    if isinstance(frames, (Tensor, Yuv420)):
+        layout, several = _stacked(frames)
+        nested = windows if several else [windows]
     else:
-        t, c, buffer = _side_by_side(frames)
-        sides, nested = [(clip.shape[1], clip.shape[2]) for clip in frames], windows
+        layout = _side_by_side(frames)
+    buffer, t, channels, sides, colors = layout
     views = cast("Sequence[Sequence[Window]]", nested)
     check(len(sides) == len(views), f"resize_crop: {len(sides)} clips, but windows for {len(views)}")
     clip_rows, window_rows, offset = [], [], 0
-    for i, (frame, own) in enumerate(zip(sides, views, strict=True)):
-        line = frame[1] * c
-        clip_rows.append([offset, t, *frame, frame[0] * line, line])
+    for i, (frame, color, own) in enumerate(zip(sides, colors, views, strict=True)):
+        line, whole = (frame[1] * channels, frame[0] * frame[1] * channels) if color == NOT_YUV else (
+            frame[1], frame_bytes(*frame),
+        )  # fmt: skip
+        clip_rows.append([offset, t, *frame, whole, line, *color])
         window_rows += [_window_row(i, window, frame, (height, width)) for window in own]
-        offset += t * frame[0] * line
-    shape = (len(window_rows), t, height, width, c)
+        offset += t * whole
+    shape = (len(window_rows), t, height, width, channels)
     if out is None:
         out = buffer.new_empty(shape)
     check(out.shape == shape, f"resize_crop: out must be {shape}, got {tuple(out.shape)}")
-    clips = torch.tensor(clip_rows, dtype=torch.int64).view(-1, len(_CLIP))
-    table = torch.tensor(window_rows, dtype=torch.int64).view(-1, len(_WINDOW))
+    clips = torch.tensor(clip_rows, dtype=torch.int64).view(-1, len(CLIP))
+    table = torch.tensor(window_rows, dtype=torch.int64).view(-1, len(WINDOW))
     return resize_crop_packed(buffer, clips, table, out, threads=threads)
