@@ -12,6 +12,7 @@ Before anything is timed `Bench.check` compares every result with ours: a fast w
 from __future__ import annotations
 
 import functools
+import importlib.util
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vmae2_fast import backend
 from vmae2_fast.config import ModelConfig
@@ -175,9 +177,9 @@ class Batch:
         clip = torch.arange(count, device=self.device) // BOXES
         return self.random(self.clips, h, w, self.spec.encoder.width), torch.stack([clip, x, y, x + width, y + height], 1)
 
-    def _qkv(self, stack: StackSpec | None, tokens: int) -> Tensor:
+    def _qkv(self, stack: StackSpec | None, tokens: int, share: int = 1) -> Tensor:
         assert stack is not None
-        clips = 1 if self.device.type == "cpu" else self.clips  # attention of one clip keeps a CPU busy
+        clips = 1 if self.device.type == "cpu" else max(1, self.clips // share)  # attention of one clip keeps a CPU busy
         return self.random(clips, tokens, 3, stack.heads, stack.width // stack.heads)
 
     @functools.cached_property
@@ -189,6 +191,11 @@ class Batch:
     def decoder_qkv(self) -> Tensor:
         """The same of the decoder's, on visible and decoded tokens."""
         return self._qkv(self.spec.decoder, sum(mask_sizes(self.spec.grid)[:2]))
+
+    @functools.cached_property
+    def full_qkv(self) -> Tensor:
+        """The same of the encoder's on all tokens, as in fine-tuning. Fewer clips: plain keeps the scores of all pairs."""
+        return self._qkv(self.spec.encoder, self.spec.tokens, share=8)
 
 
 def hidden_mask(index: Tensor, tokens: int) -> Tensor:
@@ -433,12 +440,29 @@ def _attention(x: Batch, qkv: Callable[[Batch], Tensor]) -> Case:
     def split(b: Batch) -> Any:
         return qkv(b).permute(2, 0, 3, 1, 4)
 
+    def sdpa(b: Batch) -> Tensor:
+        return F.scaled_dot_product_attention(*split(b)).transpose(1, 2)
+
+    def cudnn(b: Batch) -> Tensor:
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            return sdpa(b)
+
+    def flash_attn(b: Batch) -> Tensor:
+        from flash_attn import flash_attn_qkvpacked_func
+
+        packed: Tensor = flash_attn_qkvpacked_func(qkv(b))
+        return packed
+
+    strong: dict[str, Call] = {"SDPA": sdpa}
+    if x.device.type == "cuda" and x.dtype != torch.float32:
+        parameters = torch.backends.cuda.SDPAParams(*split(x), None, 0.0, False, False)
+        strong |= {"cuDNN": cudnn} if torch.backends.cuda.can_use_cudnn_attention(parameters) else {}
+        strong |= {"flash-attn": flash_attn} if importlib.util.find_spec("flash_attn_2_cuda") else {}
     clips, tokens, _, heads, head_dim = qkv(x).shape
     product, moved = 2 * clips * heads * head_dim * tokens**2, qkv(x).numel() * x.dtype.itemsize
     return Case(
         ours=lambda b: our_attention(qkv(b)), plain=lambda b: plain.attention(*split(b)).transpose(1, 2),
-        strong={"SDPA": lambda b: F.scaled_dot_product_attention(*split(b)).transpose(1, 2)},
-        bytes=moved * 4 // 3, flops=2 * product, gradient=lambda b: (qkv(b),), backward_bytes=moved * 8 // 3,
+        strong=strong, bytes=moved * 4 // 3, flops=2 * product, gradient=lambda b: (qkv(b),), backward_bytes=moved * 8 // 3,
         backward_flops=5 * product, shapes={"qkv": list(qkv(x).shape)},
     )  # fmt: skip
 
@@ -451,3 +475,8 @@ def encoder_attention(x: Batch, compiled: Callable) -> Case:
 @case("attention", "forward", "forward_backward")
 def decoder_attention(x: Batch, compiled: Callable) -> Case:
     return _attention(x, lambda b: b.decoder_qkv)
+
+
+@case("attention", "forward", "forward_backward")
+def full_attention(x: Batch, compiled: Callable) -> Case:
+    return _attention(x, lambda b: b.full_qkv)

@@ -303,7 +303,7 @@ def decoders(context: Context) -> Result:
 
 
 WHAT_IS_COMPILED: dict[str, Literal["whole", "blocks"]] = {"vit_b": "whole", "vit_g": "blocks"}
-OP_SECTIONS = [name for name in cases.CASES if not name.endswith("attention")]
+OP_SECTIONS = list(cases.CASES)
 SECTIONS: dict[str, tuple[Callable[[Context], Result], float]] = {  # and the seconds each may take
     "environment": (environment, 60),
     "ceilings": (ceilings, 60),

@@ -49,6 +49,13 @@ def test_portable_program_runs_without_the_package(tmp_path):
     assert _difference(torch.load(tmp_path / "out.pt"), model(clip)) <= TOLERANCE
 
 
+@pytest.mark.parametrize("arguments", [(0.3,), (0.3, None), (0.3, 2)], ids=str)
+def test_portable_attention_keeps_to_the_window(arguments):
+    qkv, op = torch.randn(2, 9, 3, 2, 8), torch.ops.vmae2.attention.default
+    found = export._decompositions()[op](qkv, *arguments)[0]
+    torch.testing.assert_close(found, op(qkv, *arguments)[0])
+
+
 def test_onnx(tmp_path, capsys):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")

@@ -45,6 +45,7 @@ class OpEntry:
     name: str
     implementations: dict[str, Implementation]
     order: dict[str, tuple[str, ...]]  # device type -> preference; "*" is any other device
+    because: dict[str, str]  # device type -> what the order rests on
 
 
 _OPS: dict[str, OpEntry] = {}
@@ -54,11 +55,17 @@ class BackendError(RuntimeError):
     """No requested implementation of an op can run."""
 
 
-def register_op(name: str, implementations: dict[str, Implementation], order: dict[str, tuple[str, ...]]) -> None:
-    """Make an op known. `order["*"]` must name an implementation that runs on every device."""
+def register_op(
+    name: str,
+    implementations: dict[str, Implementation],
+    order: dict[str, tuple[str, ...]],
+    because: dict[str, str] | None = None,
+) -> None:
+    """Make an op known. `order["*"]` must name an implementation that runs on every device; `because` says, for the report
+    of `vmae2 env`, what the order on a device type rests on."""
     assert "*" in order, name
     assert all(n in implementations for names in order.values() for n in names), name
-    _OPS[name] = OpEntry(name, implementations, order)
+    _OPS[name] = OpEntry(name, implementations, order, because or {})
 
 
 def ops() -> list[str]:
@@ -273,7 +280,11 @@ def environment() -> dict[str, Any]:
         "request": os.environ.get("VMAE2_BACKEND", ""),
         "ops": {
             op: {
-                kind: {"runs": _picked(op, kind), "refused": {n: r for n, r in refusals(op, kind).items() if r}}
+                kind: {
+                    "runs": _picked(op, kind),
+                    "because": "it was asked for" if _request().for_op(op) else _OPS[op].because.get(kind, ""),
+                    "refused": {n: r for n, r in refusals(op, kind).items() if r},
+                }
                 for kind in kinds
             }
             for op in ops()

@@ -198,7 +198,8 @@ def env() -> dict[str, Any]:
     for op, kinds in report["ops"].items():
         for kind, where in kinds.items():
             refused = "; ".join(f"{n}: {why}" for n, why in where["refused"].items())
-            print(f"  {op:<22} {kind:<5} runs {where['runs']}" + (f"   (not {refused})" if refused else ""))
+            because = f", because {where['because']}" if where["because"] else ""
+            print(f"  {op:<22} {kind:<5} runs {where['runs']}{because}" + (f"   (not {refused})" if refused else ""))
     return report
 
 

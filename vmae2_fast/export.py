@@ -173,7 +173,11 @@ def _norm_mlp(given: Mapping[str, Any]) -> tuple[Tensor, ...]:
 
 def _attention(given: Mapping[str, Any]) -> tuple[Tensor, ...]:
     q, k, v = given["qkv"].transpose(1, 3).unbind(2)
-    return (F.scaled_dot_product_attention(q, k, v, scale=given["scale"]).transpose(1, 2),)
+    near = None
+    if given.get("window") is not None:
+        token = torch.arange(q.shape[2], device=q.device)
+        near = (token[:, None] - token).abs() <= given["window"]
+    return (F.scaled_dot_product_attention(q, k, v, attn_mask=near, scale=given["scale"]).transpose(1, 2),)
 
 
 _PLAIN = {"attention": _attention, "norm_qkv": _norm_qkv, "norm_mlp": _norm_mlp, "residual_norm": _residual_norm}

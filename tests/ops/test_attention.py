@@ -87,6 +87,24 @@ def test_matches_plain_torch(name, mode, shape):
 
 
 @pytest.mark.parametrize(
+    ("name", "n", "d"),
+    [(name, n, d) for n, d in ((208, 88), (1232, 64), (2048, 88)) for name in _runs(d) if name != "triton" or n == 208],
+    ids=str,
+)
+def test_lengths_of_real_models(name, n, d):
+    ours = _qkv(1, n, 1, d).requires_grad_()
+    same, truth = ours.detach().clone().requires_grad_(), ours.detach().double().requires_grad_()
+    with backend.use_backend(f"attention={name}"):
+        a = attention(ours)
+    b, t = _same_in_plain_torch(name, same), _plain(truth)
+    upstream = torch.randn(t.shape)
+    for out in (a, b, t):
+        out.backward(upstream.to(out.dtype))
+    assert_within_budget(a, b, t, "out")
+    assert_within_budget(ours.grad, same.grad, truth.grad, "dqkv")
+
+
+@pytest.mark.parametrize(
     ("dtype", "name"),
     [(kind, name) for kind in (torch.float32, torch.bfloat16, torch.float64) for name in _runs(16, dtype=kind)],
     ids=str,
@@ -105,12 +123,15 @@ def test_log_sum_exp_is_natural_and_in_fp32_at_least(name, dtype):
 @pytest.mark.parametrize("name", BACKENDS)
 def test_large_scores_do_not_overflow(name):
     qkv = (40 * _qkv(1, 9, 1, 16)).requires_grad_()
+    same, truth = qkv.detach().clone().requires_grad_(), qkv.detach().double().requires_grad_()
     with backend.use_backend(f"attention={name}"):
         out = attention(qkv)
-    out.sum().backward()
+    reference, exact = _same_in_plain_torch(name, same), _plain(truth)
+    for result in (out, reference, exact):
+        result.sum().backward()
     assert out.isfinite().all()
     assert qkv.grad.isfinite().all()
-    assert_within_budget(out, _plain(qkv.detach()), _plain(qkv.detach().double()))
+    assert_within_budget(out, reference, exact)
 
 
 @pytest.mark.parametrize("layout", ["strided", "transposed", "unaligned", "expanded"])
@@ -267,6 +288,18 @@ def test_backward_runs_the_forwards_backend(first, second, monkeypatch):
     assert calls == [f"{first} forward", first]
 
 
+def test_double_backward_is_refused():
+    qkv = _qkv(1, 5, 1, 8).requires_grad_()
+    (grad,) = torch.autograd.grad(attention(qkv).square().sum(), qkv, create_graph=True)
+    with pytest.raises(RuntimeError, match="attention_backward has no gradient of its own: double backward is not supported"):
+        grad.sum().backward()
+
+
+def test_torch_func_is_refused():
+    with pytest.raises(RuntimeError, match=r"vmae2::attention does not run under torch.func transforms"):
+        torch.func.vmap(attention)(_qkv(1, 5, 2, 8)[None])
+
+
 def test_what_one_backend_saved_another_can_finish():
     qkv, grad = _qkv(2, 9, 2, 8), torch.randn(2, 9, 2, 8)
     results = []
@@ -304,6 +337,25 @@ def test_triton_says_which_inputs_it_refuses(shape, dtype, message):
 def test_default_order_on_cuda():
     """SDPA for what it takes, Triton for windows and float32, the materialised reference for the rest."""
     assert backend._OPS["attention"].order["cuda"] == ("sdpa", "triton", "reference")
+
+
+def test_environment_explains_the_choice():
+    assert "measured" in backend.environment()["ops"]["attention"]["cpu"]["because"]
+    assert "no GPU has been measured" in backend._OPS["attention"].because["cuda"]
+    with backend.use_backend("attention=reference"):
+        asked = backend.environment()["ops"]["attention"]["cpu"]
+    assert (asked["runs"], asked["because"]) == ("reference", "it was asked for")
+
+
+@pytest.mark.skipif("triton" not in BACKENDS, reason="no interpreter of Triton")
+def test_every_architecture_has_tiles_of_its_family():
+    from vmae2_fast.ops import _attention_triton as launchers
+
+    for family, archs in launchers.FAMILIES.items():
+        for arch in archs:
+            for dtype in (torch.bfloat16, torch.float32):
+                assert launchers.tiles(arch, 88, dtype) == launchers.tiles(family, 88, dtype)
+    assert launchers.tiles(103, 88, torch.bfloat16) == launchers.tiles(100, 88, torch.bfloat16)
 
 
 @pytest.mark.skipif("triton" not in BACKENDS, reason="no interpreter of Triton")

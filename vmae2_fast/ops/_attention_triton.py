@@ -36,15 +36,21 @@ class Tiles(NamedTuple):
 
 _SMALL, _WIDE, _LARGE = Tile(64, 64, 4, 2), Tile(128, 64, 8, 2), Tile(128, 128, 8, 2)
 _NARROW = Tile(64, 32, 4, 2)
-_FLOAT32 = Tiles(Tile(32, 32, 8, 2), Tile(32, 32, 8, 2), Tile(16, 32, 4, 2), Tile(32, 16, 8, 2))
 _INTERPRETER = Tiles(Tile(32, 64, 1, 1), Tile(32, 64, 1, 1), Tile(64, 32, 1, 1), Tile(32, 32, 1, 1))
+_EXACT, _EXACT_NARROW = Tile(32, 32, 8, 2), Tile(32, 16, 8, 2)
 # The largest tiles without a spilled register. Architecture -> width of both operands -> tiles.
 _HALF = {
-    80: {  # mma.sync: 64 KB of shared memory at most, so that 8.6, 8.9 and 12.0 with their 99 KB share them
+    80: {  # mma.sync
         64: Tiles(_WIDE, _SMALL, _WIDE, Tile(128, 32, 8, 2)),
         80: Tiles(_WIDE, _SMALL, _NARROW, Tile(64, 32, 8, 2)),
         96: Tiles(_SMALL, _SMALL, _NARROW, Tile(64, 32, 8, 2)),
         128: Tiles(_WIDE, _WIDE, _NARROW, _NARROW),
+    },
+    86: {  # mma.sync in 99 KB of shared memory, and with fewer values in registers than 8.0 gets away with
+        64: Tiles(_WIDE, _SMALL, _WIDE, Tile(128, 32, 8, 2)),
+        80: Tiles(Tile(128, 32, 8, 2), _NARROW, _NARROW, Tile(64, 32, 8, 2)),
+        96: Tiles(Tile(128, 32, 8, 2), _NARROW, _NARROW, Tile(64, 16, 8, 2)),
+        128: Tiles(_WIDE, _WIDE, Tile(64, 32, 8, 2), Tile(64, 32, 8, 2)),
     },
     90: {  # wgmma
         64: Tiles(_LARGE, _SMALL, _WIDE, _WIDE),
@@ -59,6 +65,12 @@ _HALF = {
         128: Tiles(_WIDE, _SMALL, _SMALL, _WIDE),
     },
 }
+_FLOAT32 = {
+    80: Tiles(_EXACT, _EXACT, Tile(16, 32, 4, 2), _EXACT_NARROW),
+    86: Tiles(_EXACT, _EXACT, Tile(16, 16, 4, 2), _EXACT_NARROW),
+    90: Tiles(_EXACT, _EXACT, Tile(16, 32, 4, 2), _EXACT_NARROW),
+    100: Tiles(_EXACT_NARROW, _EXACT_NARROW, Tile(16, 32, 4, 2), _EXACT_NARROW),
+}
 
 
 def operand_widths(head_dim: int, dtype: torch.dtype) -> tuple[int, int]:
@@ -72,9 +84,9 @@ def operand_widths(head_dim: int, dtype: torch.dtype) -> tuple[int, int]:
 
 def tiles(arch: int, head_dim: int, dtype: torch.dtype) -> Tiles:
     """The tiles on an architecture, 90 for compute capability 9.0."""
+    family = arch if arch in _HALF else 100 if 100 < arch < 120 else 86
     if dtype == torch.float32:
-        return _FLOAT32
-    family = 90 if arch == 90 else 100 if 100 <= arch < 120 else 80
+        return _FLOAT32[family]
     return _HALF[family][max(64, sum(operand_widths(head_dim, dtype)))]
 
 
@@ -127,7 +139,7 @@ def backward(
 
 
 HEAD_DIMS = (64, 80, 88, 96, 128)
-FAMILIES = {80: (80, 86, 89, 120), 90: (90,), 100: (100,)}
+FAMILIES = {80: (80,), 86: (86, 89, 120), 90: (90,), 100: (100,)}
 """Which architectures share the tiles of one."""
 
 

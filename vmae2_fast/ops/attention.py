@@ -158,6 +158,11 @@ backend.register_op(
         "reference": backend.Implementation(_reference),
     },
     {"cpu": ("sdpa", "reference"), "cuda": ("sdpa", "triton", "reference"), "*": ("reference",)},
+    because={
+        "cpu": "it was measured 1.4 to 3.2 times as fast as the reference (forward and backward, 160 to 2048 tokens, float32 "
+        "and bfloat16; torch 2.13, 2 threads, AVX2)",
+        "cuda": "no GPU has been measured yet: ATen's flash attention first, ours for what that refuses (windows, float32)",
+    },
 )
 
 
