@@ -25,39 +25,23 @@ from vmae2_fast.config import (
     OptimConfig,
     SourceConfig,
     TrainConfig,
-    ViewsConfig,
 )
 from vmae2_fast.data.augment import OFFICIAL, OFFICIAL_MIX
-from vmae2_fast.data.labelled_sets import LabelledSet, labelled_set
 from vmae2_fast.data.manifest import open_tree
+from vmae2_fast.recipes._classification import Settings, Variant, classification, model_name
 
-Variant = Literal["official", "paper"]
-_PATCH = {"giant": 14}
 _PAPER = "paper, appendix table of fine-tuning settings"
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Settings:
-    """What differs between the published runs. Batch in clips, each seen in two views."""
-
-    lr: float
-    epochs: int
-    warmup: float
-    clips: int
-    drop_path: float
-    layer_decay: float
-    weight_decay: float = 0.05
-    head_dropout: float = 0.0
-    clip_grad: float | None = None
-
-
-_KINETICS_PAPER = _Settings(
+_KINETICS_PAPER = Settings(
     lr=1e-5, epochs=3, warmup=0, clips=32, drop_path=0.3, layer_decay=0.9, head_dropout=0.5
 )  # fmt: skip
 _LARGE_CLIPS_PAPER = dataclasses.replace(_KINETICS_PAPER, lr=1e-4, epochs=5, drop_path=0.35)
-_SOMETHING_PAPER = _Settings(
+_SOMETHING_PAPER = Settings(
     lr=3e-4, epochs=10, warmup=5, clips=96, drop_path=0.35, layer_decay=0.9, head_dropout=0.5
 )  # fmt: skip
+_UCF101 = Settings(lr=1e-3, epochs=50, warmup=5, clips=24, drop_path=0.35, layer_decay=0.9, head_dropout=0.5)
+_HMDB51 = dataclasses.replace(_UCF101, lr=5e-4, epochs=15)
 
 
 def vit_giant_k400(variant: Variant = "official") -> ClassifyConfig:
@@ -76,35 +60,35 @@ def vit_giant_k700(variant: Variant = "official") -> ClassifyConfig:
 
 
 def _giant_kinetics(name: str, variant: Variant) -> ClassifyConfig:
-    official = _Settings(lr=1e-5, epochs=3, warmup=1, clips=96, drop_path=0.25, layer_decay=0.9, weight_decay=0.1)
+    official = Settings(lr=1e-5, epochs=3, warmup=1, clips=96, drop_path=0.25, layer_decay=0.9, weight_decay=0.1)
     settings = official if variant == "official" else _KINETICS_PAPER
-    return _finetune("giant", name, settings, cites=_cite(variant, f"ViT-g, K710 to {name.upper()}"))
+    return classification("finetune", "giant", name, settings, cites=_cite(variant, f"ViT-g, K710 to {name.upper()}"))
 
 
 def vit_giant_k400_direct() -> ClassifyConfig:
     """ViT-g on K400 from pre-trained weights, without post-pre-training: 87.2 / 97.4 with 5x3 views. 64 GPUs."""
-    settings = _Settings(lr=1e-3, epochs=30, warmup=5, clips=192, drop_path=0.2, layer_decay=0.9)
-    return _finetune("giant", "k400", settings, cites=_cite("official", "ViT-g, K400"), suffix="_direct")
+    settings = Settings(lr=1e-3, epochs=30, warmup=5, clips=192, drop_path=0.2, layer_decay=0.9)
+    return classification("finetune", "giant", "k400", settings, cites=_cite("official", "ViT-g, K400"), suffix="_direct")
 
 
 def vit_giant_k400_64x266() -> ClassifyConfig:
     """ViT-g on K400 from K710 weights, 64 frames of 266^2: 90.0 / 98.4 with 2x3 views, 160 TMAC."""
-    return _finetune("giant", "k400", _LARGE_CLIPS_PAPER, frames=64, size=266, segments=2, cites=_PAPER)
+    return classification("finetune", "giant", "k400", _LARGE_CLIPS_PAPER, clip=(64, 266), segments=2, cites=_PAPER)
 
 
 def vit_giant_k600_64x266() -> ClassifyConfig:
     """ViT-g on K600 from K710 weights, 64 frames of 266^2: 89.9 / 98.5 with 2x3 views."""
-    return _finetune("giant", "k600", _LARGE_CLIPS_PAPER, frames=64, size=266, segments=2, cites=_PAPER)
+    return classification("finetune", "giant", "k600", _LARGE_CLIPS_PAPER, clip=(64, 266), segments=2, cites=_PAPER)
 
 
 def vit_huge_k400_64x288() -> ClassifyConfig:
     """ViT-H on K400 from K710 weights, 64 frames of 288^2: 89.8 / 98.3 with 4x3 views."""
-    return _finetune("huge", "k400", _LARGE_CLIPS_PAPER, frames=64, size=288, segments=4, cites=_PAPER)
+    return classification("finetune", "huge", "k400", _LARGE_CLIPS_PAPER, clip=(64, 288), segments=4, cites=_PAPER)
 
 
 def vit_huge_k600_32x384() -> ClassifyConfig:
     """ViT-H on K600 from K710 weights, 32 frames of 384^2: 89.6 / 98.4 with 4x3 views."""
-    return _finetune("huge", "k600", _LARGE_CLIPS_PAPER, frames=32, size=384, segments=4, cites=_PAPER)
+    return classification("finetune", "huge", "k600", _LARGE_CLIPS_PAPER, clip=(32, 384), segments=4, cites=_PAPER)
 
 
 def vit_giant_ssv2(variant: Variant = "official") -> ClassifyConfig:
@@ -118,21 +102,33 @@ def vit_giant_ssv1(variant: Variant = "official") -> ClassifyConfig:
 
 
 def _giant_something(name: str, variant: Variant) -> ClassifyConfig:
-    official = _Settings(lr=3e-4, epochs=20, warmup=5, clips=96, drop_path=0.25, layer_decay=0.9)
+    official = Settings(lr=3e-4, epochs=20, warmup=5, clips=96, drop_path=0.25, layer_decay=0.9)
     settings = official if variant == "official" else _SOMETHING_PAPER
-    return _finetune("giant", name, settings, cites=_cite(variant, "ViT-g, SSv2"))
+    return classification("finetune", "giant", name, settings, cites=_cite(variant, "ViT-g, SSv2"))
 
 
 def vit_giant_ucf101() -> ClassifyConfig:
     """ViT-g on UCF101 from K710 weights: 99.6 with 5x3 views. 8 GPUs."""
-    settings = _Settings(lr=1e-3, epochs=50, warmup=5, clips=24, drop_path=0.35, layer_decay=0.9, head_dropout=0.5)
-    return _finetune("giant", "ucf101", settings, cites=_cite("official", "ViT-g, K710 to UCF101") + "; " + _PAPER)
+    return classification(
+        "finetune", "giant", "ucf101", _UCF101, cites=_cite("official", "ViT-g, K710 to UCF101") + "; " + _PAPER
+    )
 
 
 def vit_giant_hmdb51() -> ClassifyConfig:
     """ViT-g on HMDB51 from K710 weights: 88.1 / 98.5 with 5x3 views. 8 GPUs."""
-    settings = _Settings(lr=5e-4, epochs=15, warmup=5, clips=24, drop_path=0.35, layer_decay=0.9, head_dropout=0.5)
-    return _finetune("giant", "hmdb51", settings, cites=_cite("official", "ViT-g, K710 to HMDB51") + "; " + _PAPER)
+    return classification(
+        "finetune", "giant", "hmdb51", _HMDB51, cites=_cite("official", "ViT-g, K710 to HMDB51") + "; " + _PAPER
+    )
+
+
+def vit_huge_ucf101() -> ClassifyConfig:
+    """ViT-H on UCF101 from K710 weights, with ViT-g's settings: the paper gives no result. 8 GPUs."""
+    return classification("finetune", "huge", "ucf101", _UCF101, cites=_PAPER)
+
+
+def vit_huge_hmdb51() -> ClassifyConfig:
+    """ViT-H on HMDB51 from K710 weights, with ViT-g's settings: the paper gives no result. 8 GPUs."""
+    return classification("finetune", "huge", "hmdb51", _HMDB51, cites=_PAPER)
 
 
 def vit_huge_k400(variant: Variant = "official") -> ClassifyConfig:
@@ -146,9 +142,9 @@ def vit_huge_k600(variant: Variant = "official") -> ClassifyConfig:
 
 
 def _huge_kinetics(name: str, variant: Variant) -> ClassifyConfig:
-    official = _Settings(lr=1e-3, epochs=40, warmup=5, clips=128, drop_path=0.2, layer_decay=0.8, head_dropout=0.5)
+    official = Settings(lr=1e-3, epochs=40, warmup=5, clips=128, drop_path=0.2, layer_decay=0.8, head_dropout=0.5)
     settings = official if variant == "official" else _KINETICS_PAPER
-    return _finetune("huge", name, settings, cites=_cite(variant, f"ViT-H, {name.upper()}"))
+    return classification("finetune", "huge", name, settings, cites=_cite(variant, f"ViT-H, {name.upper()}"))
 
 
 def vit_huge_ssv2(variant: Variant = "official") -> ClassifyConfig:
@@ -162,39 +158,37 @@ def vit_huge_ssv1(variant: Variant = "official") -> ClassifyConfig:
 
 
 def _huge_something(name: str, variant: Variant) -> ClassifyConfig:
-    official = _Settings(lr=5e-4, epochs=20, warmup=5, clips=128, drop_path=0.2, layer_decay=0.8, head_dropout=0.5)
+    official = Settings(lr=5e-4, epochs=20, warmup=5, clips=128, drop_path=0.2, layer_decay=0.8, head_dropout=0.5)
     settings = official if variant == "official" else _SOMETHING_PAPER
-    return _finetune("huge", name, settings, cites=_cite(variant, "ViT-H, SSv2"))
+    return classification("finetune", "huge", name, settings, cites=_cite(variant, "ViT-H, SSv2"))
 
 
 def vit_large_k400() -> ClassifyConfig:
     """ViT-L on K400 from pre-trained weights: 85.4 with 5x3 views. 32 GPUs."""
-    settings = _Settings(lr=2e-3, epochs=35, warmup=5, clips=192, drop_path=0.2, layer_decay=0.75)
-    return _finetune("large", "k400", settings, cites=_cite("official", "ViT-L, K400") + " (drop path: ViT-H's)")
+    settings = Settings(lr=2e-3, epochs=35, warmup=5, clips=192, drop_path=0.2, layer_decay=0.75)
+    return classification(
+        "finetune", "large", "k400", settings, cites=_cite("official", "ViT-L, K400") + " (drop path: ViT-H's)"
+    )
 
 
 def vit_large_ssv2() -> ClassifyConfig:
     """ViT-L on SSv2 from pre-trained weights: 75.7 with 2x3 views. 32 GPUs."""
-    settings = _Settings(lr=5e-4, epochs=20, warmup=5, clips=192, drop_path=0.2, layer_decay=0.75)
-    return _finetune("large", "ssv2", settings, cites=_cite("official", "ViT-L, SSv2") + " (drop path: ViT-H's)")
+    settings = Settings(lr=5e-4, epochs=20, warmup=5, clips=192, drop_path=0.2, layer_decay=0.75)
+    return classification(
+        "finetune", "large", "ssv2", settings, cites=_cite("official", "ViT-L, SSv2") + " (drop path: ViT-H's)"
+    )
 
 
 def vit_base_k400() -> ClassifyConfig:
     """ViT-B on K400 from pre-trained weights: 81.5 with 5x3 views. 32 GPUs."""
-    settings = _Settings(lr=7e-4, epochs=90, warmup=5, clips=512, drop_path=0.1, layer_decay=0.75)
-    return _finetune("base", "k400", settings, cites=_cite("official", "ViT-B, K400"))
-
-
-def vit_base_k710() -> ClassifyConfig:
-    """ViT-B on K710 from pre-trained weights: a student's start, or a small post-pre-training. 32 GPUs."""
-    settings = _Settings(lr=7e-4, epochs=90, warmup=5, clips=512, drop_path=0.1, layer_decay=0.75)
-    return _finetune("base", "k710", settings, cites=_cite("official", "ViT-B, K710"))
+    settings = Settings(lr=7e-4, epochs=90, warmup=5, clips=512, drop_path=0.1, layer_decay=0.75)
+    return classification("finetune", "base", "k400", settings, cites=_cite("official", "ViT-B, K400"))
 
 
 def vit_base_ssv2() -> ClassifyConfig:
     """ViT-B on SSv2 from pre-trained weights: 71.2 with 2x3 views. 16 GPUs."""
-    settings = _Settings(lr=2e-3, epochs=25, warmup=5, clips=256, drop_path=0.1, layer_decay=0.65)
-    return _finetune("base", "ssv2", settings, cites=_cite("official", "ViT-B, SSv2"))
+    settings = Settings(lr=2e-3, epochs=25, warmup=5, clips=256, drop_path=0.1, layer_decay=0.65)
+    return classification("finetune", "base", "ssv2", settings, cites=_cite("official", "ViT-B, SSv2"))
 
 
 def folder(
@@ -215,7 +209,7 @@ def folder(
     decay = {"small": 0.7, "base": 0.75, "large": 0.75, "huge": 0.8, "giant": 0.9}[size]
     train = _source(data, "train")
     model = ModelConfig(
-        name=_name(size), num_classes=classes or len(names), pooling="attentive" if probe == "attentive" else "mean",
+        name=model_name(size), num_classes=classes or len(names), pooling="attentive" if probe == "attentive" else "mean",
         drop_path=0.0 if frozen else 0.1, activation_checkpoint="block" if size in ("huge", "giant") else "none",
     )  # fmt: skip
     return ClassifyConfig(
@@ -248,46 +242,6 @@ def _tree(data: str) -> tuple[tuple[str, ...], str]:
 
 def _source(data: str | None, split: str) -> DataConfig:
     return DataConfig(sources=(SourceConfig(name="folder", split=split, root=data),), sampling="dense", crop="center")
-
-
-def _finetune(
-    model: str,
-    name: str,
-    settings: _Settings,
-    *,
-    frames: int = 16,
-    size: int = 224,
-    segments: int | None = None,
-    cites: str,
-    suffix: str = "",
-) -> ClassifyConfig:
-    labelled: LabelledSet = labelled_set(name)
-    views = 2
-    large = (frames, size) != (16, 224)
-    return ClassifyConfig(
-        name=f"finetune_vit_{model}_{name}{f'_{frames}x{size}' if large else ''}{suffix}",
-        cites=cites,
-        model=ModelConfig(
-            name=_name(model), frames=frames, size=size, num_classes=labelled.classes, drop_path=settings.drop_path,
-            head_dropout=settings.head_dropout, positions="interpolate",
-            activation_checkpoint="block" if large else "none",
-        ),
-        data=labelled.training(views=views),
-        validation=labelled.testing(),
-        optim=OptimConfig(
-            lr=settings.lr, lr_batch=256 * views, min_lr=1e-6, warmup_epochs=settings.warmup, betas=(0.9, 0.999),
-            weight_decay=settings.weight_decay, layer_decay=settings.layer_decay, clip_grad=settings.clip_grad,
-        ),
-        train=TrainConfig(
-            epochs=settings.epochs, global_batch=views * settings.clips, precision="bfloat16", checkpoint_every=1000,
-        ),
-        mix=OFFICIAL_MIX,
-        views=ViewsConfig(segments=segments or labelled.segments, crops=labelled.crops),
-    )  # fmt: skip
-
-
-def _name(size: str) -> str:
-    return f"vit_{size}_patch{_PATCH.get(size, 16)}_224"
 
 
 def _cite(variant: Variant, script: str) -> str:

@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Literal
 
 from vmae2_fast.config import DataConfig, MaskConfig, ModelConfig, OptimConfig, PretrainConfig, SourceConfig, TrainConfig
+from vmae2_fast.data.labelled_sets import PUBLISHED_CLIPS
 from vmae2_fast.data.manifest import read_datasets
 
 Variant = Literal["official", "paper"]
-HYBRID = {"k710": 658_340, "ssv2": 168_913, "ava": 21_000, "webvid": 250_000, "own_web": 250_000}
+HYBRID = {name: PUBLISHED_CLIPS[name] for name in ("k710", "ssv2", "ava", "webvid", "own_web")}
 """Sources of UnlabeledHybrid and their published numbers of clips (paper, table of the hybrid data set)."""
 
 _PATCH = {"small": 16, "base": 16, "large": 16, "huge": 16, "giant": 14}

@@ -43,6 +43,8 @@ class LaunchOptions:
     """Run the named stages from their start, in place of what is there."""
     dry_run: bool = False
     """Print the plan and stop."""
+    check: bool = False
+    """Read the lists, train three steps of every stage, write and read their checkpoint, and stop."""
     gpus: int | None = None
     """Processes on this machine, one on each GPU (without GPUs: on the CPU); default all visible GPUs. Under torchrun or
     srun the processes that are there join."""
@@ -141,9 +143,28 @@ def _run(run: Any, options: LaunchOptions, arguments: list[str]) -> dict[str, An
     for stage in stages:
         split_batch(stage, world.size)
     try:
-        return _train(run, options, stages)
+        return _check(run, options, stages) if options.check else _train(run, options, stages)
     finally:
         leave()
+
+
+def _check(run: Any, options: LaunchOptions, stages: list[Any]) -> dict[str, Any]:
+    from .train.parallel import join
+    from .train.preflight import lines, preflight, standing_alone
+    from .train.progression import prepare
+
+    world, _ = join()
+    if isinstance(run, Progression):
+        world.on_first(lambda: prepare(run))
+        stages = [dataclasses.replace(standing_alone(stage), out=run.out) for stage in stages]
+    if options.weights:
+        stages = [dataclasses.replace(stages[0], init=options.weights), *stages[1:]]
+    results = []
+    for stage in stages:
+        results.append(preflight(stage))
+        if world.first:
+            print("\n".join(lines(results[-1])), file=sys.stderr)
+    return {"check": results}
 
 
 def _train(run: Any, options: LaunchOptions, stages: list[Any]) -> dict[str, Any]:
@@ -273,9 +294,14 @@ def ledger(
 
     Example: vmae2 ledger pretrain_videomae_giant_patch14_224
     Example: vmae2 ledger vit_giant_patch14_224 --num-classes 710 --residual-dtype bfloat16
+    Example: vmae2 ledger pretrain:vit_giant_hybrid --card a100-80 --gpus 8 --nodes 8 --train.micro-batch 32
+
+    With a recipe: its bytes on every GPU, step time, days, decoding and network for `--card` (rtx4090, a100-40, a100-80, h100,
+    h200), `--gpus` of a node, `--nodes`, `--mfu` (share of the card's peak, 0.4) and `--clips` (of an epoch, where the sources
+    have no published number); the recipe's values are flags as in `launch` (`vmae2 ledger RECIPE --help`).
 
     Args:
-        model: official name.
+        model: official name, or a recipe.
         frames: frames of a clip.
         size: height and width in pixels.
         num_classes: classes of the head.
@@ -297,6 +323,21 @@ def ledger(
     result = account(config, mask, precision=precision, views=views)
     print(table(result))
     return result
+
+
+def recipe_ledger(arguments: list[str]) -> dict[str, Any]:
+    """`vmae2 ledger RECIPE [flags]`."""
+    from . import recipes_index
+    from .train.budget import BudgetOptions, budget, lines
+    from .train.progression import check_stage
+
+    run, options = recipes_index.with_options(arguments, BudgetOptions, "vmae2 ledger", parse)
+    results = []
+    for stage in run.stages if isinstance(run, Progression) else (run,):
+        check_stage(stage)
+        results.append(budget(stage, options))
+        print("\n".join(lines(stage, results[-1])))
+    return {"stages": results}
 
 
 def convert(source: tyro.conf.Positional[str], target: tyro.conf.Positional[str]) -> dict[str, Any]:
@@ -384,6 +425,8 @@ def _dispatch(arguments: list[str]) -> Any:
         return {}
     from .config import unknown
 
+    if arguments[0] == "ledger" and _names_a_recipe(arguments[1:]):
+        return recipe_ledger(arguments[1:])
     name, known = arguments[0], COMMANDS
     if name in GROUPS and (name not in COMMANDS or (arguments[1:2] and arguments[1] in GROUPS[name])):
         _, *arguments = arguments
@@ -395,6 +438,13 @@ def _dispatch(arguments: list[str]) -> Any:
         there = [*_WITH_OWN_FLAGS, *COMMANDS, *GROUPS] if known is COMMANDS else list(known)
         raise ValueError(unknown("command", name, there))
     return call(known[name], arguments[1:], f"vmae2 {name}")
+
+
+def _names_a_recipe(arguments: list[str]) -> bool:
+    from . import recipes_index
+
+    first = arguments[0] if arguments else ""
+    return ":" in first or any(name.partition(":")[2] == first for name in recipes_index.all_recipes())
 
 
 def call(command: Callable[..., Any], arguments: list[str], prog: str) -> Any:

@@ -37,6 +37,8 @@ def all_recipes() -> dict[str, Recipe]:
 
     out = {}
     for info in sorted(pkgutil.iter_modules(recipes.__path__), key=lambda i: i.name):
+        if info.name.startswith("_"):
+            continue
         module = importlib.import_module(f"{recipes.__name__}.{info.name}")
         out.update({f"{info.name}:{name}": function for name, function in _in_module(module).items()})
     return out

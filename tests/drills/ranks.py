@@ -46,21 +46,24 @@ def at_step(code: str) -> str:
     return STEPPING.format(code.replace("\n", "\n    "))
 
 
+def torchrun(ranks: int, *arguments: str) -> subprocess.Popen[str]:
+    """`torch.distributed.run` of `ranks` processes; reads stdout and stderr together."""
+    agent = ["--nnodes=1", f"--nproc-per-node={ranks}", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
+    return subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", *agent, *arguments], cwd=ROOT, text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+
+
 def start(
     ranks: int, clips: Path, out: Path, *, kind: str = "pretrain", before: str = "", restarts: int = 0, **train: Any
 ) -> subprocess.Popen[str]:
-    """torchrun of `ranks` workers; reads stdout and stderr together."""
+    """`torchrun` of `ranks` workers."""
     script = out.parent / f"worker-{os.getpid()}.py"
     script.parent.mkdir(parents=True, exist_ok=True)
     script.write_text(WORKER)
     options = json.dumps({"kind": kind, "train": train, "before": before, "leave": True})
-    agent = ["--nnodes=1", f"--nproc-per-node={ranks}", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
-    command = [sys.executable, "-m", "torch.distributed.run", *agent, f"--max-restarts={restarts}", str(script)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [*command, str(clips), str(out), options], cwd=ROOT, env=environment, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
+    return torchrun(ranks, f"--max-restarts={restarts}", str(script), str(clips), str(out), options)
 
 
 def run(ranks: int, clips: Path, out: Path, **options: Any) -> tuple[int, str]:

@@ -1,40 +1,49 @@
-"""A recorded run of several AdamW steps: losses, gradient norms and the final parameters."""
+"""A recorded run of several AdamW steps through the training loop, on one process and two: losses, gradient norms and the
+final parameters."""
 
 from __future__ import annotations
 
-import pytest
-import torch
+import json
+from pathlib import Path
 
-from tests.golden.cases import MODELS, distance, masks, named, of_kind, pretrain_loss, pretrain_model, tensors
-from vmae2_fast.ops.masks import DualMask
-from vmae2_fast.train.optim import parameter_groups
+import pytest
+from safetensors.torch import load_file
+
+from tests.drills.ranks import torchrun
+from tests.golden import recorded_run
+from tests.golden.cases import MODELS, distance, named, of_kind, tensors
+from vmae2_fast.train.log import read_metrics
 
 CASES = [name for name in of_kind("trajectory") if MODELS[name]["start"] in MODELS]
+EVEN = [name for name in CASES if recorded_run.clips_of(name) % 2 == 0]
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_trajectory(name):
-    entry = MODELS[name]
-    data, config = tensors("models", entry["start"]), MODELS[entry["start"]]["config"]
-    model, mask, video = pretrain_model(entry["start"]), masks(data), data["input.video_f16"].float()
-    optimizer = torch.optim.AdamW(parameter_groups(model, entry["wd"][0]), betas=(0.9, 0.95), eps=1e-8)
-    losses, norms = [], []
-    for step in range(entry["steps"]):
-        for group in optimizer.param_groups:
-            group["lr"] = entry["lr"][step] * group["lr_scale"]
-            if group["weight_decay"] > 0:
-                group["weight_decay"] = entry["wd"][step]
-        clip = video.roll(step, 2)
-        loss = pretrain_loss(model, clip, DualMask(*(part.roll(step, 0) for part in mask)), config["norm"])
-        optimizer.zero_grad()
-        loss.backward()
-        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), entry["clip"]).item())
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses == pytest.approx(entry["losses"], rel=1e-5)
-    assert norms == pytest.approx(entry["grad_norms_before_clip"], rel=1e-4)
-    final = named(tensors("models", name), "final.")
-    assert set(final) == {key for key, _ in model.named_parameters()}
+def _check(name: str, out: Path) -> None:
+    entry, done = MODELS[name], json.loads((out / name / "done.json").read_text())
+    lines = read_metrics(out / name / "metrics.jsonl")
+    assert [line["lr"] for line in lines] == pytest.approx(entry["lr"], rel=1e-9)
+    assert [line["loss"] for line in lines] == pytest.approx(entry["losses"], rel=1e-5)
+    assert [line["grad_norm"] for line in lines] == pytest.approx(entry["grad_norms_before_clip"], rel=1e-4)
+    final, ours = named(tensors("models", name), "final."), load_file(done["weights"])
+    assert set(final) == set(ours)
     floor = 1e-6 * max(float(value.norm()) for value in final.values())
-    worst = {key: d for key, value in model.named_parameters() if (d := distance(value.detach(), final[key], floor)) > 1e-4}
-    assert not worst
+    assert not {key: d for key, value in ours.items() if (d := distance(value, final[key], floor)) > 1e-4}
+
+
+@pytest.mark.parametrize("micro_batch", [None, 1])
+@pytest.mark.parametrize("name", CASES)
+def test_trajectory_of_one_process(name, micro_batch, tmp_path):
+    recorded_run.write_start(name, tmp_path)
+    recorded_run.run(name, tmp_path, "ddp", micro_batch or recorded_run.clips_of(name))
+    _check(name, tmp_path)
+
+
+@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+@pytest.mark.parametrize("name", EVEN)
+def test_trajectory_of_two_ranks(name, mode, tmp_path):
+    recorded_run.write_start(name, tmp_path)
+    micro_batch = str(recorded_run.clips_of(name) // 2)
+    process = torchrun(2, "--module", "tests.golden.recorded_run", name, str(tmp_path), mode, micro_batch)
+    output = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, output
+    _check(name, tmp_path)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import typing
 from pathlib import Path
 
 import pytest
 import torch
 
 from vmae2_fast.config import DistillConfig, Progression, from_dict, to_dict
+from vmae2_fast.data.augment import OFFICIAL, OFFICIAL_MIX
 from vmae2_fast.models import build_model
 from vmae2_fast.recipes import pretrain, progressive
-from vmae2_fast.recipes_index import all_recipes
+from vmae2_fast.recipes_index import all_recipes, find
 from vmae2_fast.train.loop import split_batch
 from vmae2_fast.train.optim import scaled_lr
 from vmae2_fast.train.progression import check_stage
@@ -44,13 +46,25 @@ def test_pretraining_reaches_the_published_learning_rate(name: str, variant: str
     assert scaled_lr(run.optim.lr, run.train.global_batch, run.optim.lr_batch) == pytest.approx(lr)
 
 
-@pytest.mark.parametrize("target", list(progressive._SETS))
+@pytest.mark.parametrize("target", typing.get_args(progressive.Target))
 def test_ssv2_skips_post_pretraining_and_never_flips(target: str) -> None:
     run = progressive.vit_giant(target=target)  # type: ignore[arg-type]
     moving = target.startswith("ssv")
     assert [s.name for s in run.stages] == ["pretrain", *([] if moving else ["post_pretrain"]), "finetune"]
     assert run.stages[-1].init == f"stage:{run.stages[-2].name}"
     assert run.stages[-1].data.flip is not moving
+    tuned = find(f"finetune:vit_giant_{target}")(**({} if target in ("ucf101", "hmdb51") else {"variant": "paper"}))
+    assert dataclasses.replace(run.stages[-1], name=tuned.name, init=None) == tuned
+
+
+@pytest.mark.parametrize("name", [n for n in all_recipes() if n.startswith("post_pretrain:")])
+@pytest.mark.parametrize("variant", ["official", "paper"])
+def test_post_pretraining_augments_and_counts_clips(name: str, variant: str) -> None:
+    run = find(name)(variant=variant)
+    assert (run.data.augment, run.mix) == (OFFICIAL, OFFICIAL_MIX)
+    if variant == "paper":
+        assert (run.train.global_batch, run.data.views) == (256, 2)
+        assert scaled_lr(run.optim.lr, run.train.global_batch, run.optim.lr_batch) == pytest.approx(1e-3 * 128 / 256)
 
 
 def test_hybrid_available_names_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

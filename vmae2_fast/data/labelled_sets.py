@@ -68,6 +68,12 @@ class LabelledSet:
         return "\n".join([*lines, f"stride = {self.stride}", f"classes = {self.classes}"]) + "\n"
 
 
+PUBLISHED_CLIPS = {
+    "k710": 658_340, "k400": 240_436, "k600": 366_006, "ssv2": 168_913, "ava": 21_000, "webvid": 250_000, "own_web": 250_000,
+}  # fmt: skip
+"""Training clips of the sources the paper counts (its tables of data sets)."""
+
+
 def _kinetics(classes: int) -> LabelledSet:
     return LabelledSet(name=f"k{classes}", title=f"Kinetics-{classes}", classes=classes, sampling="dense", segments=5)
 

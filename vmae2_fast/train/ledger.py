@@ -21,7 +21,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from ..config import MaskConfig, ModelConfig
+from ..config import MaskConfig, ModelConfig, RunConfig
 from ..models.sizes import ModelSpec, StackSpec, resolve
 from ..ops.masks import mask_sizes
 
@@ -230,6 +230,21 @@ def saved_bytes(run: Callable[[], Any], model: nn.Module) -> int:
     total = sum(storage.nbytes() for storage in kept.values())
     del result
     return total
+
+
+def knobs(run: RunConfig) -> str:
+    """Flags that lower the memory of a step, those first that cost no time."""
+    train = run.train
+    offers = [] if train.micro_batch == run.data.views else ["a lower --train.micro-batch (more of them a step)"]
+    if train.precision == "float32":
+        offers.append("--train.precision bfloat16")
+    if run.model.residual_dtype == "float32":
+        offers.append("--model.residual-dtype bfloat16")
+    if train.parallel == "ddp":
+        offers.append("--train.parallel fsdp on several GPUs")
+    if run.model.activation_checkpoint != "block":
+        offers.append("--model.activation-checkpoint block (a slower step)")
+    return ", ".join(offers) or "a smaller model or clip"
 
 
 def table(account: dict[str, Any]) -> str:

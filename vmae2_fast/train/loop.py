@@ -29,6 +29,7 @@ from ..models.weights import load_weights, save_weights
 from ..tasks import Task, create_task
 from .checkpoint import load_checkpoint, newest_intact, save_checkpoint
 from .execution import Eager, Graphed, compile_model
+from .ledger import knobs
 from .log import MetricsLog, progress
 from .optim import Optimizer
 from .parallel import World, distribute, join
@@ -62,7 +63,7 @@ def train(
         if world.first:
             print(f"{config.name}: finished earlier, see {run.done}", file=sys.stderr)
         return summary
-    with _Interrupt() as interrupt, _threads(config.train.threads):
+    with Interrupt() as interrupt, _threads(config.train.threads):
         try:
             trainer = Trainer(config, run, device, world)
         except BaseException:
@@ -147,7 +148,7 @@ class Trainer:
         if world.first:
             run.write_environment()
 
-    def fit(self, interrupt: _Interrupt) -> None:
+    def fit(self, interrupt: Interrupt) -> None:
         """Train up to the last step. Raises SystemExit after saving if a signal arrived."""
         train, state = self.config.train, self.progress
         validate_every = round(train.validate_every * self.steps_per_epoch) if self.config.validation else 0
@@ -158,7 +159,7 @@ class Trainer:
         batches = iter(self.loader)
         bar = progress(self.config.name, self.total_steps, state.step, shown=self.world.first)
         watch = Watchdog(train.stuck_after, self.run.path / f"stuck-rank{self.world.rank}.txt")
-        with self.loader, bar, watch:
+        with self.loader, bar, watch, self._memory():
             while state.step < self.total_steps:
                 self._step(batches)
                 watch.beat(state.step)
@@ -179,6 +180,16 @@ class Trainer:
                         print(f"{self.config.name}: saved step {state.step}; {again}", file=sys.stderr)
                     raise SystemExit(128 + self.stop)
         interrupt.deferred = False  # from here on all is saved: a signal may end the process at once
+
+    @contextlib.contextmanager
+    def _memory(self) -> Iterator[None]:
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            raise ValueError(
+                f"{self.config.name}: out of memory on {self.task.device} with {self.micro_batch} clips a forward and rank "
+                f"({str(error).splitlines()[0]}); try {knobs(self.config)}"
+            ) from error
 
     def _step(self, batches: Iterator[Batch]) -> None:
         state, clips = self.progress, self.config.train.global_batch
@@ -374,7 +385,7 @@ def _threads(count: int | None) -> Iterator[None]:
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
-class _Interrupt:
+class Interrupt:
     """SIGTERM, SIGUSR1 (a scheduler's warning) and SIGINT set a flag while training, so that the step ends and is saved.
 
     A second signal ends at once."""
@@ -384,7 +395,7 @@ class _Interrupt:
         self.deferred = True
         self.before: dict[int, Any] = {}
 
-    def __enter__(self) -> _Interrupt:
+    def __enter__(self) -> Interrupt:
         if threading.current_thread() is threading.main_thread():
             self.before = {n: signal.signal(n, self._handle) for n in _SIGNALS}
         return self

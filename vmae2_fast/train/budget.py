@@ -1,0 +1,196 @@
+"""What a recipe needs on given cards: bytes of each, time of a step, days, clips a node must decode, bytes it must send.
+
+All of it is arithmetic on the exact account of `ledger`; workspace, MFU (share of a card's peak that the model's own
+products reach, recomputation not counted) and so step time and days are estimates. `launch --check` measures.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import torch
+
+from ..config import ClassifyConfig, DistillConfig, MaskConfig, PretrainConfig, Stage, unknown
+from ..data.labelled_sets import PUBLISHED_CLIPS
+from ..models import VisionTransformer, build_model
+from ..models.sizes import resolve
+from .ledger import BYTES, knobs, ledger
+from .loop import split_batch
+
+
+class Card(NamedTuple):
+    """Peaks of dense products by the vendors' data sheets, TFLOP/s, and memory, GB (10^9 bytes)."""
+
+    bfloat16: float
+    float32: float
+    memory: float
+
+
+CARDS = {
+    "rtx4090": Card(165, 82.6, 24),
+    "a100-40": Card(312, 19.5, 40),
+    "a100-80": Card(312, 19.5, 80),
+    "h100": Card(989, 67, 80),
+    "h200": Card(989, 67, 141),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BudgetOptions:
+    """The machines of a budget."""
+
+    card: str = "h100"
+    """rtx4090, a100-40, a100-80, h100, h200."""
+    gpus: int = 8
+    """Of a node."""
+    nodes: int = 1
+    mfu: float = 0.4
+    """Share of the card's peak that forward and backward reach."""
+    clips: int | None = None
+    """Clips of an epoch; default the published number of the recipe's sources."""
+    json: bool = False
+    """Print the budget as the last line on stdout."""
+
+    def __post_init__(self) -> None:
+        if self.card not in CARDS:
+            raise ValueError(unknown("card", self.card, list(CARDS)))
+        if self.gpus < 1 or self.nodes < 1:
+            raise ValueError(f"--gpus {self.gpus} --nodes {self.nodes}: must be at least 1")
+        if not 0 < self.mfu <= 1:
+            raise ValueError(f"--mfu {self.mfu}: must lie above 0 and be at most 1")
+
+
+def epoch_clips(stage: Stage) -> int | None:
+    """Clips of an epoch by the published sizes of its sources; None where one is not published."""
+    sizes = [(s.weight, PUBLISHED_CLIPS.get(s.name)) for s in stage.data.sources]
+    if not sizes or any(size is None for _, size in sizes):
+        return None
+    return round(sum(weight * size for weight, size in sizes if size is not None))
+
+
+def rank_bytes(stage: Stage, ranks: int) -> dict[str, int]:
+    """Bytes of one of `ranks` GPUs: parameters, gradients, optimizer, activations, workspace, total.
+
+    Parameters, gradients and moments are fp32, with "fsdp" split over the ranks. Activations are those of a micro-batch
+    (see `ledger.activation_bytes`). Workspace, an estimate: 16-bit copies of the weights under autocast, whole blocks while
+    they are gathered ("fsdp"), the widest gradients of one block's MLP, a teacher's weights.
+    Raises ValueError as `split_batch` does.
+    """
+    account, train = _account(stage), stage.train
+    micro, _ = split_batch(stage, ranks)
+    spec = resolve(stage.model)
+    parameters = account["parameters"]
+    total = parameters["total"]
+    trained = _trained(stage, total)
+    frozen = trained < total
+    shards = ranks if train.parallel == "fsdp" else 1
+    width = BYTES[train.precision]
+    stacks = [(spec.encoder, account["tokens"].get("visible", account["tokens"]["all"]))]
+    if spec.decoder is not None:
+        stacks.append((spec.decoder, account["tokens"]["sequence"]))
+    # A frozen trunk keeps nothing, and gradients are those of the head.
+    kept = 0 if frozen else micro * account["activation_bytes"]["total"]
+    widest = max(micro * tokens * (2 * s.mlp_hidden + 2 * s.width) * width for s, tokens in stacks)
+    block = max(4 * s.width * s.width + 2 * s.width * s.mlp_hidden for s, _ in stacks)
+    workspace = widest + (2 * 4 * block if shards > 1 else 0) + (width * (block if shards > 1 else total) if width < 4 else 0)
+    if isinstance(stage, DistillConfig):
+        workspace += 4 * ledger(stage.teacher)["parameters"]["total"]
+    out = {
+        "parameters": -(-4 * total // shards),
+        "gradients": -(-4 * trained // shards),
+        "optimizer": -(-(8 + 4 * (stage.optim.ema_decay is not None)) * trained // shards),
+        "activations": kept,
+        "workspace": workspace,
+    }
+    return {**out, "total": sum(out.values())}
+
+
+def budget(stage: Stage, options: BudgetOptions) -> dict[str, Any]:
+    """The budget of one stage as plain JSON values; bytes, seconds and FLOPs in those units, days as days.
+
+    epoch_clips, steps, days: None where the number of clips is not known (`options.clips`).
+    Raises ValueError where the global batch cannot be cut over the GPUs.
+    """
+    card, ranks, train = CARDS[options.card], options.gpus * options.nodes, stage.train
+    account = _account(stage)
+    memory = rank_bytes(stage, ranks)
+    micro, micro_batches = split_batch(stage, ranks)
+    flops = account["flops_step"]
+    if isinstance(stage, ClassifyConfig) and stage.frozen:
+        flops = 2 * account["macs"]["executed"]["total"]
+    if isinstance(stage, DistillConfig):
+        flops += 2 * ledger(stage.teacher)["macs"]["executed"]["total"]
+    peak = (card.float32 if train.precision == "float32" else card.bfloat16) * 1e12
+    seconds = flops * train.global_batch / (ranks * peak * options.mfu)
+    decodes = train.global_batch // stage.data.views
+    clips = options.clips or epoch_clips(stage)
+    steps = None if clips is None else train.epochs * clips // decodes
+    sent = 4 * _trained(stage, account["parameters"]["total"])
+    if train.parallel == "fsdp":  # gradients once a step; weights for the forward and the backward of each micro-batch
+        traffic = sent * (1 + 2 * micro_batches) * (options.nodes - 1) / options.nodes
+    else:  # a ring passes each byte twice
+        traffic = 2 * sent * (options.nodes - 1) / options.nodes
+    return {
+        "stage": stage.name,
+        "model": stage.model.name,
+        "card": options.card,
+        "gpus": ranks,
+        "micro_batch": micro,
+        "micro_batches": micro_batches,
+        "bytes_per_gpu": memory,
+        "card_bytes": int(card.memory * 1e9),
+        "fits": memory["total"] <= 0.95 * card.memory * 1e9,
+        "macs_clip": account["macs"]["executed"]["total"],
+        "macs_clip_published": account["macs"]["published"]["total"],
+        "flops_step": flops * train.global_batch,
+        "mfu": options.mfu,
+        "step_seconds": seconds,
+        "epochs": train.epochs,
+        "epoch_clips": clips,
+        "steps": steps,
+        "days": None if steps is None else steps * seconds / 86400,
+        "decoded_clips_per_s_and_node": decodes / seconds / options.nodes,
+        "network_bytes_per_s_and_node": traffic / seconds,
+    }
+
+
+def _trained(stage: Stage, total: int) -> int:
+    """Parameters that get gradients, of `total`."""
+    if not (isinstance(stage, ClassifyConfig) and stage.frozen):
+        return total
+    with torch.device("meta"):
+        model = build_model(stage.model)
+    assert isinstance(model, VisionTransformer)
+    model.freeze_trunk()
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def _account(stage: Stage) -> dict[str, Any]:
+    mask: MaskConfig | None = stage.mask if isinstance(stage, PretrainConfig | DistillConfig) else None
+    return ledger(stage.model, mask, precision=stage.train.precision)
+
+
+def lines(stage: Stage, result: dict[str, Any]) -> list[str]:
+    """A budget for people."""
+    gb = {name: value / 1e9 for name, value in result["bytes_per_gpu"].items()}
+    parts = ", ".join(f"{name} {value:.2f}" for name, value in gb.items() if name != "total")
+    run = f"  {result['step_seconds']:.3f} s a step at {result['mfu']:.0%} MFU"
+    if result["steps"] is None:
+        run += f", {result['epochs']} epochs; days need --clips, the clips of an epoch"
+    else:
+        run += f", {result['epochs']} epochs of {result['epoch_clips']:,} clips, {result['steps']:,} steps"
+        run += f", {result['days']:.2f} days"
+    out = [
+        f"{result['stage']}: {result['model']} on {result['gpus']} x {result['card']}, "
+        f"{result['micro_batches']} x {result['micro_batch']} clips a GPU and step, {stage.train.parallel}",
+        f"  {gb['total']:.2f} GB of {result['card_bytes'] / 1e9:.0f} a GPU: {parts}",
+        f"  {result['macs_clip'] / 1e9:.2f} GMAC a clip (as published: {result['macs_clip_published'] / 1e9:.2f}), "
+        f"{result['flops_step'] / 1e15:.3f} PFLOP a step",
+        run,
+        f"  a node decodes {result['decoded_clips_per_s_and_node']:.0f} clips/s and sends "
+        f"{result['network_bytes_per_s_and_node'] / 1e9:.2f} GB/s to others",
+    ]
+    if not result["fits"]:
+        out.append(f"  DOES NOT FIT: {knobs(stage)}")
+    return out
