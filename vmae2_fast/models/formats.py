@@ -26,8 +26,8 @@ from torch import Tensor
 from ..config import ModelConfig, from_dict
 from .sizes import resolve
 
-WRAPPERS = ("model", "module")
-"""Keys under which the official scripts and DeepSpeed keep the state dict."""
+WRAPPERS = ("model", "module", "state_dict_ema", "state_dict")
+"""Keys under which the official scripts, DeepSpeed and ActionFormer (averaged weights first) keep the state dict."""
 PREFIXES = ("module.", "model.", "backbone.")
 FOLDER_FILES = ("weights.safetensors", "model.safetensors", "pytorch_model.bin")
 
