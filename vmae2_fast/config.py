@@ -356,6 +356,8 @@ class TadDataConfig(DataConfig):
     """Frames a second of videos whose annotation does not say it."""
     resize_to: int | None = None
     """Stretch every video's features to this many (FineAction: 192)."""
+    resize_method: Literal["linear", "roi_align"] = "linear"
+    """By interpolation (ActionFormer), or the mean of samples within each new feature (OpenTAD); they differ where it shrinks."""
     class_agnostic: bool = False
     """Look for actions of any class; their classes come from `TadConfig.video_scores`."""
     crop_range: tuple[float, float] | None = None
@@ -417,6 +419,7 @@ class TadConfig(RunConfig):
     """Whose tIoU thresholds mAP is the average over: .3 to .7, or .5 to .95."""
     deduplicate: bool = True
     """Drop repeated annotations from the ground truth of mAP (ActionFormer, OpenTAD), or not (ActivityNet)."""
+    distance_loss: Literal["diou", "giou"] = "diou"
     distance_weight: float = 1.0
     """Weight of the regression loss."""
     label_smoothing: float = 0.0

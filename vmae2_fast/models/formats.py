@@ -168,7 +168,10 @@ def _own_facts(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
     if "config" not in metadata:
         return {}
     try:
-        config = from_dict(json.loads(metadata["config"]), ModelConfig)
+        content = json.loads(metadata["config"])
+        if isinstance(content, dict) and "name" not in content:  # a temporal detector's: no facts beyond its shapes
+            return {}
+        config = from_dict(content, ModelConfig)
         spec = resolve(config)
     except ValueError as error:
         raise ValueError(f"{path}: its model configuration cannot be read: {error}") from error

@@ -7,8 +7,8 @@
                 and is dropped when that falls below min_score (hard: when it was suppressed)
     vote_1d     a kept segment becomes the mean of all candidates with u >= threshold, weighted by score * u
 
-Lengths of the suppression are stretched by 1e-6, so that u is defined for points; votes use plain lengths (both as ActionFormer
-does, arXiv 2202.07925). Of equal scores the first in the input wins. Everything is computed in float64 on the host: a detection
+Lengths of the suppression are stretched by 1e-6, so that u is defined for points (0); votes use plain lengths (both as
+ActionFormer does, arXiv 2202.07925). Of equal scores the first in the input wins. Everything is computed in float64 on the host: a detection
 head yields some thousand candidates, and which is taken depends on all taken before. There is no gradient.
 """
 

@@ -6,13 +6,14 @@ from typing import Any
 
 import torch
 
-from ..config import ClassifyConfig, DistillConfig, PretrainConfig, Stage
+from ..config import ClassifyConfig, DistillConfig, PretrainConfig, Stage, TadConfig
 from .base import Task
 from .classify import ClassifyTask
 from .distill import DistillTask
 from .pretrain import PretrainTask
+from .tad import TadTask
 
-__all__ = ["ClassifyTask", "DistillTask", "PretrainTask", "Task", "create_task"]
+__all__ = ["ClassifyTask", "DistillTask", "PretrainTask", "TadTask", "Task", "create_task"]
 
 
 def create_task(config: Stage, device: torch.device | str = "cpu") -> Task[Any]:
@@ -23,4 +24,6 @@ def create_task(config: Stage, device: torch.device | str = "cpu") -> Task[Any]:
         return ClassifyTask(config, device)
     if isinstance(config, DistillConfig):
         return DistillTask(config, device)
+    if isinstance(config, TadConfig):
+        return TadTask(config, device)
     raise ValueError(f"no task for a {type(config).__name__}")

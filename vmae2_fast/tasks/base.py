@@ -7,15 +7,17 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from ..config import RunConfig
-from ..data.loader import Batch, EvaluationLoader, VideoViews
-from ..data.manifest import Source
-from ..models import PretrainViT, VisionTransformer
+from ..data.loader import Batch, EvaluationLoader, VideoLoader, VideoViews
+from ..data.manifest import Source, open_sources
+from ..models import LoadReport, PretrainViT, VisionTransformer, load_weights
+from ..models.actionformer import ActionFormer
 
 Config = TypeVar("Config", bound=RunConfig)
 
@@ -40,7 +42,9 @@ def autocast_dtype(precision: str, device_type: str) -> torch.dtype | None:
 class Task(Generic[Config]):
     """One training task. Subclasses set `model` and define `loss`, `static_count` or `count`, and `evaluate`."""
 
-    model: PretrainViT | VisionTransformer
+    model: PretrainViT | VisionTransformer | ActionFormer
+    best_by: str | None = None
+    """Metric of `evaluate` whose best weights a run keeps beside the last ones (`best.safetensors`)."""
 
     def __init__(self, config: Config, device: torch.device | str = "cpu") -> None:
         self.config = config
@@ -54,6 +58,35 @@ class Task(Generic[Config]):
     def needs_labels(self) -> bool:
         """Whether the loss reads labels, so that every clip must have one."""
         return False
+
+    def load_init(self, source: str | Path) -> LoadReport:
+        """Load the weights a run starts from into the model. Raises ValueError naming what does not fit."""
+        assert not isinstance(self.model, ActionFormer)
+        return load_weights(self.model, source)
+
+    def training_loader(
+        self, clips_per_batch: int, quarantine: str | os.PathLike[str] | None = None, *, rank: int = 0, world: int = 1
+    ) -> VideoLoader:
+        """Batches of `config.data`, `clips_per_batch` decodes each, of rank `rank` among `world`."""
+        config = self.config
+        return VideoLoader(
+            config.data, frames=config.model.frames, size=config.model.size, seed=config.seed, quarantine=quarantine,
+            clips_per_batch=clips_per_batch, rank=rank, world=world,
+        )  # fmt: skip
+
+    def class_names(self) -> tuple[str, ...] | None:
+        """Names of the model's classes, where the sources of its training or validation data agree on them."""
+        for data in filter(None, (self.config.data, self.config.validation)):
+            names = {source.label_names for source in open_sources(data)}
+            (first, *others) = names or {None}
+            if first and not others and len(first) == self.config.model.num_classes:
+                return first
+        return None
+
+    def check_validation(self) -> None:
+        """Raises ValueError for validation data that cannot be used, before anything is trained."""
+        if self.config.validation is not None:
+            self.check_labels(open_sources(self.config.validation))
 
     def check_labels(self, sources: Iterable[Source]) -> None:
         """Raises ValueError naming the first clip whose label is missing or out of range, before anything is trained."""
@@ -72,6 +105,10 @@ class Task(Generic[Config]):
     def count(self, batches: Sequence[Batch]) -> Tensor:
         """Denominator over all micro-batches of a step, on the device; called where `static_count` gives None."""
         raise NotImplementedError
+
+    def denominator(self, count: Tensor) -> Tensor:
+        """What the loss sums of a step are divided by, given the count over its whole global batch; once a step."""
+        return count
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         """{"loss_sum": differentiable fp32 scalar, ...}; other entries are detached sums over the clips, for the log.

@@ -23,9 +23,8 @@ import torch
 from torch import Tensor
 
 from ..config import RunConfig
-from ..data.loader import Batch, VideoLoader
-from ..data.manifest import open_sources
-from ..models.weights import load_weights, save_weights
+from ..data.loader import Batch
+from ..models.weights import save_weights
 from ..tasks import Task, create_task
 from .checkpoint import load_checkpoint, newest_intact, save_checkpoint
 from .log import MetricsLog, progress
@@ -83,6 +82,8 @@ class Progress:
     skipped: int = 0
     skipped_in_a_row: int = 0
     replaced: dict[str, int] = dataclasses.field(default_factory=dict)
+    best: float | None = None
+    """Highest value so far of the metric the task keeps its best weights by."""
 
 
 class Trainer:
@@ -94,17 +95,13 @@ class Trainer:
         self.task: Task[Any] = create_task(config, device)  # type: ignore[arg-type]
         checkpoint = newest_intact(run.checkpoints)
         if config.init and checkpoint is None:
-            print(load_weights(self.task.model, config.init), file=sys.stderr)
+            print(self.task.load_init(config.init), file=sys.stderr)
         train = config.train
         self.micro_batch = train.micro_batch or train.global_batch
         self.decodes = train.global_batch // config.data.views
-        self.loader = VideoLoader(
-            config.data, frames=config.model.frames, size=config.model.size, seed=config.seed, quarantine=run.quarantine,
-            clips_per_batch=self.micro_batch // config.data.views,
-        )  # fmt: skip
+        self.loader = self.task.training_loader(self.micro_batch // config.data.views, run.quarantine)
         self.task.check_labels(self.loader.sources)
-        if config.validation is not None:
-            self.task.check_labels(open_sources(config.validation))
+        self.task.check_validation()
         clips = self.loader.num_clips
         self.steps_per_epoch = clips / self.decodes
         self.total_steps = train.epochs * clips // self.decodes
@@ -220,20 +217,30 @@ class Trainer:
     def _validate(self) -> dict[str, Any]:
         if self.pending:
             self._flush()
-        with self.task.validation_views(self.run.quarantine) as views:
+        with self.optimizer.averaged(), self.task.validation_views(self.run.quarantine) as views:
             metrics = {**self.task.evaluate(views), "left_out": views.stats["bad"]}
+            self._keep_best(metrics)
         self.task.model.train()
         numbers = {k: v for k, v in metrics.items() if not isinstance(v, (list, dict))}
         self.log.write(kind="validation", step=self.progress.step, **numbers)
         self.mark = time.perf_counter()  # validation is not training time
         return metrics
 
+    def _keep_best(self, metrics: dict[str, Any]) -> None:
+        name, state = self.task.best_by, self.progress
+        value = None if name is None else metrics.get(name)
+        if name is None or value is None or not math.isfinite(value) or (state.best is not None and value <= state.best):
+            return
+        state.best = value
+        save_weights(self.task.model, self.run.best, {"run": self.config.name, "step": state.step, name: value})
+
     def finish(self) -> dict[str, Any]:
         """Write the final weights, validate, and close the run with `done.json`."""
         config, state = self.config, self.progress
-        classes = class_names(config)
+        classes = self.task.class_names()
         meta = {"run": config.name, "step": state.step} | ({"classes": list(classes)} if classes else {})
-        save_weights(self.task.model, self.run.weights, meta)
+        with self.optimizer.averaged():
+            save_weights(self.task.model, self.run.weights, meta)
         self.log.cut(state.step, again="validation")
         validation = self._validate() if config.validation is not None else None
         clips = state.step * config.train.global_batch
@@ -272,7 +279,7 @@ def accumulate(
     total: float | Tensor | None = task.static_count(clips)
     if total is None:
         held = [next(batches) for _ in range(micro_batches)]
-        total, batches = task.count(held), iter(held)
+        total, batches = task.denominator(task.count(held)), iter(held)
     sums: dict[str, Tensor] = {}
     replaced: list[str] = []
     for _ in range(micro_batches):
@@ -285,16 +292,6 @@ def accumulate(
         for name, value in out.items():
             sums[name] = sums[name] + value if name in sums else value
     return sums, replaced
-
-
-def class_names(config: RunConfig) -> tuple[str, ...] | None:
-    """Names of the model's classes, where the sources of its training or validation data agree on them."""
-    for data in filter(None, (config.data, config.validation)):
-        names = {source.label_names for source in open_sources(data)}
-        (first, *others) = names or {None}
-        if first and not others and len(first) == config.model.num_classes:
-            return first
-    return None
 
 
 def _mean(values: list[float]) -> float | None:

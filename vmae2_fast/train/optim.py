@@ -5,7 +5,8 @@ Nothing here reads a device value on the host: norm, clipping and the decision t
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -91,6 +92,10 @@ class Optimizer:
         self.params: dict[str, nn.Parameter] = {n: p for g in groups for n, p in zip(g["names"], g["params"])}
         # The fused kernel is the one that takes found_inf, which lets the device decide to skip a step.
         self.adamw = torch.optim.AdamW(groups, lr=self.lr, betas=config.betas, eps=config.eps, fused=True)
+        # A state of its own in AdamW's: it is saved and restored with the moments.
+        self._started: dict[nn.Parameter, Tensor] = {}
+        if config.ema_decay is not None:
+            self._started = {p: p.detach().clone() for p in self.params.values()}
 
     def lr_at(self, step: int) -> float:
         """Scheduled learning rate of a step, before the groups' lr_scale."""
@@ -122,7 +127,32 @@ class Optimizer:
         self.adamw.grad_scale = None  # type: ignore[attr-defined]
         self.adamw.found_inf = skipped  # type: ignore[attr-defined]
         self.adamw.step()
+        if self.config.ema_decay is not None:
+            self._average(self.config.ema_decay)
         return norm, skipped
+
+    @torch.no_grad()
+    def _average(self, decay: float) -> None:
+        state = self.adamw.state
+        for p in [p for p in self._started if p in state]:
+            state[p]["ema"] = self._started.pop(p)
+        params: list[Tensor] = [p for p in self.params.values() if "ema" in state.get(p, {})]
+        torch._foreach_lerp_([state[p]["ema"] for p in params], params, 1 - decay)
+
+    @contextlib.contextmanager
+    @torch.no_grad()
+    def averaged(self) -> Iterator[None]:
+        """While it is open, the parameters hold their moving averages (`ema_decay`); without one, or before the first
+        step, they are left alone."""
+        pairs = [(p, self.adamw.state[p]["ema"]) for p in self.params.values() if "ema" in self.adamw.state.get(p, {})]
+        kept = [p.detach().clone() for p, _ in pairs]
+        for p, average in pairs:
+            p.copy_(average)
+        try:
+            yield
+        finally:
+            for (p, _), value in zip(pairs, kept):
+                p.copy_(value)
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Moments and step counts as `<parameter>.<exp_avg | exp_avg_sq | step>`."""
@@ -137,5 +167,6 @@ class Optimizer:
             if p is None or (key != "step" and value.shape != p.shape):
                 raise ValueError(f"optimizer state {full} of shape {tuple(value.shape)} fits no parameter of this model")
             state.setdefault(p, {})[key] = value.to(p.device)
+        self._started = {p: value for p, value in self._started.items() if "ema" not in state.get(p, {})}
         self.adamw.state.clear()
         self.adamw.state.update(state)  # type: ignore[arg-type]

@@ -4,6 +4,7 @@ config.json        the resolved config         environment.json   machine, versi
 metrics.jsonl      train and validation lines  checkpoints/       see `vmae2_fast.train.checkpoint`
 quarantine.jsonl   clips that were replaced    weights.safetensors, done.json   only once the run is finished
 inputs.json        digests of the weights it starts and learns from
+best.safetensors   weights of the best validation, of tasks that keep them
 """
 
 from __future__ import annotations
@@ -77,6 +78,7 @@ class RunDirectory:
         self.fresh = not self.path.exists()
         self.metrics, self.quarantine = self.path / "metrics.jsonl", self.path / "quarantine.jsonl"
         self.weights, self.done = self.path / "weights.safetensors", self.path / "done.json"
+        self.best = self.path / "best.safetensors"
 
     @classmethod
     def open(cls, config: RunConfig, *, resume: bool) -> RunDirectory:
@@ -130,7 +132,7 @@ class RunDirectory:
 
     def _clear(self) -> None:
         # done.json goes first: whatever a kill leaves, it does not pass for a finished run.
-        for path in (self.done, self.weights, self.metrics, self.quarantine, self.environment):
+        for path in (self.done, self.weights, self.best, self.metrics, self.quarantine, self.environment):
             path.unlink(missing_ok=True)
         shutil.rmtree(self.checkpoints, ignore_errors=True)
         self.config.unlink(missing_ok=True)
