@@ -19,7 +19,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from . import __version__, backend
+from . import __version__, backend, cli_tad
 from .benchmarks import options
 from .config import MaskConfig, ModelConfig, Progression, load
 
@@ -328,6 +328,9 @@ def bench(suite: tyro.conf.OmitSubcommandPrefixes[tyro.conf.OmitArgPrefixes[opti
     return result
 
 
+GROUPS: dict[str, dict[str, Callable[..., Any]]] = cli_tad.COMMANDS
+"""Commands of two words: `vmae2 score tad`."""
+
 COMMANDS: dict[str, Callable[..., Any]] = {
     f.__name__: f for f in (recipes, env, reconstruct, classify, ledger, convert, report, bench)
 }
@@ -355,24 +358,34 @@ def _dispatch(arguments: list[str]) -> Any:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_usage())
         return {}
-    if arguments[0] not in COMMANDS:
-        from .config import unknown
+    from .config import unknown
 
-        raise ValueError(unknown("command", arguments[0], ["launch", *COMMANDS]))
-    command = COMMANDS[arguments[0]]
+    name, known = arguments[0], COMMANDS
+    if name in GROUPS:
+        _, *arguments = arguments
+        if not arguments or arguments[0] in ("-h", "--help"):
+            print("\n".join(_row(f"{name} {what}", command) for what, command in GROUPS[name].items()))
+            return {}
+        known, name = {f"{name} {what}": command for what, command in GROUPS[name].items()}, f"{name} {arguments[0]}"
+    if name not in known:
+        raise ValueError(unknown("command", name, ["launch", *COMMANDS, *GROUPS] if known is COMMANDS else list(known)))
+    command = known[name]
 
     @functools.wraps(command)
     def bound(*args: Any, **kwargs: Any) -> Any:
         return functools.partial(command, *args, **kwargs)  # parsed first, run after: only parsing is captured
 
-    return parse(bound, arguments[1:], f"vmae2 {arguments[0]}")()
+    return parse(bound, arguments[1:], f"vmae2 {name}")()
 
 
 def _usage() -> str:
     lines = ["usage: vmae2 COMMAND [--help] [--json] ...", "", __doc__.split("\n")[0], ""]
-    for name, command in {"launch": launch, **COMMANDS}.items():
-        lines.append(f"  {name:<12} {(command.__doc__ or '').splitlines()[0]}")
-    return "\n".join(lines)
+    grouped = {f"{group} {what}": command for group, members in GROUPS.items() for what, command in members.items()}
+    return "\n".join(lines + [_row(name, command) for name, command in {"launch": launch, **COMMANDS, **grouped}.items()])
+
+
+def _row(name: str, command: Callable[..., Any]) -> str:
+    return f"  {name:<12} {(command.__doc__ or '').splitlines()[0]}"
 
 
 def _expected(error: BaseException) -> bool:

@@ -1,6 +1,6 @@
 """Every value of a run, as frozen dataclasses with JSON in and out.
 
-A recipe returns one `PretrainConfig`, `ClassifyConfig`, `DistillConfig` or `TadConfig` (one stage), or a `Progression` of them.
+A recipe returns one stage (`PretrainConfig`, `ClassifyConfig`, `DistillConfig`, `TadConfig`), or a `Progression` of them.
 Defaults live here and nowhere else. Command-line flags are made from these classes by tyro (`vmae2 launch RECIPE
 --optim.lr 3e-4`). This file imports nothing of the package, so every floor may read it.
 """
@@ -348,6 +348,8 @@ class TadDataConfig(DataConfig):
     """Folder of VIDEO.npy, [windows, channels]."""
     annotations: str = ""
     """ActivityNet-style JSON: THUMOS14's, FineAction's, or one of your own."""
+    videos: str | None = None
+    """Folder of the videos that features which are not there yet are taken from, with `TadConfig.trunk_weights`."""
     subset: str = "validation"
     """Compared without regard to case."""
     block_list: tuple[str, ...] = ()
@@ -357,7 +359,7 @@ class TadDataConfig(DataConfig):
     resize_to: int | None = None
     """Stretch every video's features to this many (FineAction: 192)."""
     resize_method: Literal["linear", "roi_align"] = "linear"
-    """By interpolation (ActionFormer), or the mean of samples within each new feature (OpenTAD); they differ where it shrinks."""
+    """Interpolate (ActionFormer), or average samples within each new feature (OpenTAD); they differ where it shrinks."""
     class_agnostic: bool = False
     """Look for actions of any class; their classes come from `TadConfig.video_scores`."""
     crop_range: tuple[float, float] | None = None
@@ -424,6 +426,10 @@ class TadConfig(RunConfig):
     """Weight of the regression loss."""
     label_smoothing: float = 0.0
     normalizer_momentum: float = 0.9
+    trunk_weights: str | None = None
+    """Weights of `model`, to take missing features of `data.videos` with before training; None: all must be there."""
+    normalize: Literal["none", "imagenet"] = "none"
+    """What the trunk is shown: pixels in [0, 1] as the released features, or normalised as it was trained."""
     video_scores: str | None = None
     """JSON of class scores of whole videos (`vmae2 tad scores`) that class-agnostic detections are fused with."""
 
@@ -454,7 +460,9 @@ class PrepareConfig:
     """Data made before the first stage, with `OUT/data/datasets.toml` for the stages to read."""
 
     folder: str | None = None
-    """A folder of labelled videos (file name or sub-folder = label); None writes the moving scenes."""
+    """A folder of labelled videos (file name or sub-folder = label); None writes scenes of ours."""
+    scenes: Literal["moving", "features"] = "moving"
+    """Moving scenes with a class each, or features of untrimmed videos with annotations in THUMOS14's style."""
     size: int = 64
     """Height and width of a scene; short side of the small copies made of a folder's videos."""
     scale: float = 1.0

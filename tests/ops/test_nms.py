@@ -96,7 +96,8 @@ def test_classes_leave_each_other_alone_and_points_overlap_nothing(name):
     segments = torch.tensor([[2.0, 4.0], [2.0, 4.0], [3.0, 3.0], [3.0, 3.0]])
     scores = torch.tensor([0.9, 0.8, 0.7, 0.6])
     with backend.use_backend(name):
-        assert nms_1d(segments, scores, torch.tensor([0, 1, 0, 0]), method="hard", iou_threshold=0.5)[2].tolist() == [0, 1, 2, 3]
+        apart = torch.tensor([0, 1, 0, 0])
+        assert nms_1d(segments, scores, apart, method="hard", iou_threshold=0.5)[2].tolist() == [0, 1, 2, 3]
         assert nms_1d(segments, scores, method="hard", iou_threshold=0.5)[2].tolist() == [0, 2, 3]
         empty = nms_1d(segments[:0], scores[:0])
         assert [len(x) for x in empty] == [0, 0, 0]

@@ -14,6 +14,7 @@ import os
 import re
 import threading
 from collections import OrderedDict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -180,6 +181,20 @@ def _probe(path: str) -> StreamInfo:
     return StreamInfo(count, None)
 
 
+def frame_rate(path: str) -> float:
+    """Frames a second, the mean over the file. Raises DecodeError where the file does not tell."""
+    return _guarded(path, _frame_rate)
+
+
+def _frame_rate(path: str) -> float:
+    container, stream = _open(path)
+    with container:
+        rate = stream.average_rate or stream.guessed_rate
+    if not rate:
+        raise DecodeError(path, "tells no frame rate")
+    return float(rate)
+
+
 def _guarded(path: str, function: Any, *arguments: Any) -> Any:
     """Call `function`, turning whatever the file makes FFmpeg raise into one DecodeError. Other errors are faults of this
     program and stay what they are: a clip must not be counted as corrupt for them."""
@@ -223,6 +238,43 @@ def _decode_video(path: str, ids: np.ndarray) -> np.ndarray:
     if turns:
         unique = np.ascontiguousarray(np.rot90(unique, turns, axes=(1, 2)))
     return unique if len(wanted) == len(ids) and np.array_equal(wanted, ids) else unique[np.searchsorted(wanted, ids)]
+
+
+def stream_video(path: str, chunk: int = 32) -> Iterator[np.ndarray]:
+    """All frames of a video in order, RGB uint8 [<= chunk, H, W, 3] at a time; each is decoded once.
+
+    Memory does not grow with the length of the video. Raises DecodeError where a frame is missing or damaged; what came
+    before is right.
+    """
+    stream = _stream(path, chunk)
+    while (frames := _guarded(path, lambda _: next(stream, None))) is not None:
+        yield frames
+
+
+def _stream(path: str, chunk: int) -> Iterator[np.ndarray]:
+    info = probe(path)
+    known = None if info.pts is None else {int(t): k for k, t in enumerate(info.pts)}
+    container, stream = _open(path)
+    rows: list[np.ndarray] = []
+    first: Any = None
+    count = 0
+    with container:
+        for frame in _frames(container, stream):
+            number = count if known is None else known.get(frame.pts)
+            if number is None:  # sent before the first frame that is shown
+                continue
+            if number != count:
+                break
+            first = first or frame
+            rows.append(np.rot90(_to_rgb(frame, like=first), round(first.rotation / 90) % 4))
+            count += 1
+            if len(rows) == chunk:
+                yield np.stack(rows)
+                rows = []
+    if rows:
+        yield np.stack(rows)
+    if count != info.num_frames:
+        raise DecodeError(path, f"damaged or cut off: frame {count} of {info.num_frames} cannot be decoded")
 
 
 def _by_time(path: str, table: np.ndarray, wanted: np.ndarray, *, seek: bool) -> list[Any] | None:

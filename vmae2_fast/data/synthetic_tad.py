@@ -1,4 +1,4 @@
-"""Untrimmed videos as features: noise in which actions show as the direction of their class, with annotations in THUMOS14's style.
+"""Untrimmed videos as features: noise in which actions show as the direction of their class, annotated in THUMOS14's style.
 
 Layout written by `write_tad_features(root)`:
 

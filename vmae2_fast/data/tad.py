@@ -238,8 +238,44 @@ def read_features(path: str | Path, channels: int | None = None) -> np.ndarray:
         raise TadError(f"{path}: features must be floating point [windows, channels], got {what}")
     if channels is not None and features.shape[1] != channels:
         raise TadError(
-            f"{path}: features have {features.shape[1]} channels, the detector takes {channels}; were they taken by another model?"
+            f"{path}: features have {features.shape[1]} channels, the detector takes {channels}: they come from another model"
         )
     if not np.isfinite(features).all():
         raise TadError(f"{path}: holds values that are not finite; delete it and take the features again")
     return features.astype(np.float32)
+
+
+FEATURES_HEADER, FEATURES_VIDEOS = "features.json", "videos.jsonl"
+"""Files of a folder of features that we took: how, and the frame rate and duration of every video."""
+
+
+def read_features_header(folder: str | Path) -> dict[str, Any]:
+    """How the features of a folder were taken. Raises TadError naming the file."""
+    path = Path(folder) / FEATURES_HEADER
+    try:
+        header = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise TadError(f"{path}: not the header of a folder of features: {error}") from error
+    if not isinstance(header, dict):
+        raise TadError(f"{path}: not the header of a folder of features")
+    return header
+
+
+def read_features_videos(folder: str | Path) -> dict[str, dict[str, Any]]:
+    """{"fps", "duration", "frames", "windows"} of the videos of a folder of features, by name. Raises TadError."""
+    path = Path(folder) / FEATURES_VIDEOS
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+        return {entry["name"]: entry for entry in map(json.loads, lines)}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise TadError(f"{path}: not a list of videos: {error}; take the features with `vmae2 tad features`") from error
+
+
+def check_features(folder: str | Path, *, step: int, frames: int) -> None:
+    """Raise TadError if the folder's header, where it has one, tells of other windows: every time would be wrong."""
+    if not (Path(folder) / FEATURES_HEADER).exists():
+        return
+    header = read_features_header(folder)
+    for key, value, where in (("step", step, "data.stride"), ("frames", frames, "model.frames")):
+        if header.get(key) != value:
+            raise TadError(f"{folder}: features were taken with {key} {header.get(key)}, {where} is {value}; make them equal")

@@ -1,4 +1,4 @@
-"""Features of untrimmed videos with their annotations on the grid of features: training batches, and whole videos to detect in.
+"""Features of untrimmed videos with their annotations on the same grid: training batches, and whole videos to detect in.
 
 Feature k of a video stands for `frames` frames from frame k * `stride` on; second t lies at feature
 
@@ -26,7 +26,7 @@ from torch import Tensor
 from ..config import ActionFormerConfig, TadDataConfig
 from .sampling import Purpose, counter_rng
 from .schedule import Mixture
-from .tad import TadError, UntrimmedVideo, choose_subset, read_annotations, read_features
+from .tad import TadError, UntrimmedVideo, check_features, choose_subset, read_annotations, read_features
 from .tad_points import label_points, make_points
 
 AGNOSTIC = "action"
@@ -130,19 +130,21 @@ class TadSource:
     """The videos of one subset and how they are read. Raises TadError for files that cannot be used or are not there.
 
     Args:
-        data: what to read. frames: of the window of a feature. channels: of a feature. classes: names in the order of the
-        model's; None: those of the annotations (`AGNOSTIC` alone when class-agnostic).
+        data: what to read. frames: of the window of a feature. channels: of a feature.
+        classes: names in the order of the model's; None: those of the annotations (`AGNOSTIC` when class-agnostic).
         training: leave videos without any action out, with a note on stderr.
     """
 
     def __init__(
-        self, data: TadDataConfig, *, frames: int, channels: int, classes: tuple[str, ...] | None = None, training: bool = False
-    ) -> None:
+        self, data: TadDataConfig, *, frames: int, channels: int, classes: tuple[str, ...] | None = None,
+        training: bool = False,
+    ) -> None:  # fmt: skip
         self.data, self.frames, self.channels = data, frames, channels
         if not data.features or not data.annotations:
             raise TadError("give data.features (a folder) and data.annotations (a file)")
         if not os.path.isdir(data.features):
             raise TadError(f"data.features: the folder {data.features} does not exist; `vmae2 tad features` makes it")
+        check_features(data.features, step=data.stride, frames=frames)
         annotations = read_annotations(data.annotations)
         videos = choose_subset(annotations, data.subset, data.block_list)
         self.classes = classes or ((AGNOSTIC,) if data.class_agnostic else annotations.classes)
@@ -206,7 +208,7 @@ def place_features(
 
 
 def pad(sequences: list[Tensor], length: int) -> tuple[Tensor, Tensor]:
-    """Sequences [T_i, C] as one tensor [B, length, C] with zeros behind each, and which entries are theirs: bool [B, length]."""
+    """Sequences [T_i, C] as one [B, length, C] with zeros behind each, and which entries are theirs: bool [B, length]."""
     features = sequences[0].new_zeros(len(sequences), length, sequences[0].shape[1])
     valid = torch.zeros(len(sequences), length, dtype=torch.bool)
     for row, sequence in enumerate(sequences):
@@ -225,8 +227,9 @@ class TadLoader:
     sources: tuple[Any, ...] = ()
 
     def __init__(
-        self, source: TadSource, detector: ActionFormerConfig, *, clips_per_batch: int, seed: int, rank: int = 0, world: int = 1
-    ) -> None:
+        self, source: TadSource, detector: ActionFormerConfig, *, clips_per_batch: int, seed: int, rank: int = 0,
+        world: int = 1,
+    ) -> None:  # fmt: skip
         self.source, self.detector, self.clips_per_batch, self.seed = source, detector, clips_per_batch, seed
         self.rank, self.world = rank, world
         self.position = 0

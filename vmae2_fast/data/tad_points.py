@@ -1,8 +1,8 @@
 """Points of a temporal pyramid and what is asked of them (ActionFormer, arXiv 2202.07925, section 3.3).
 
-Level l has a point at every 2^l-th feature. A point is positive for an action if it lies within `center_radius` strides of its
-middle (and inside it) and the farther end is as far away as its level is responsible for; of several actions the shortest wins,
-and all that are shorter by no more than 1e-3 than it together.
+Level l has a point at every 2^l-th feature. A point is positive for an action if it lies inside it and within
+`center_radius` strides of its middle, and the farther end is as far away as the level is responsible for. Of several
+actions the shortest wins, with all that are longer than it by no more than 1e-3.
 """
 
 from __future__ import annotations

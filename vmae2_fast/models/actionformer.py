@@ -1,11 +1,11 @@
-"""ActionFormer (arXiv 2202.07925): a pyramid of transformer blocks over the features of a whole video, and two heads that say at
-every point of every level which actions it lies in, and how far away their ends are.
+"""ActionFormer (arXiv 2202.07925): a pyramid of transformer blocks over the features of a whole video, and two heads that
+say at every point of every level which actions it lies in, and how far away their ends are.
 
     features [B, T, C_in] --masked convolutions--> [B, T, C] --stem blocks, then blocks of stride 2--> levels l of T / 2^l
     level --LayerNorm (neck)--> class head: logits [B, T_l, classes]    regression head: distances [B, T_l, 2] / 2^l
 
-A block attends within a band of `window` tokens of its level. Videos of different length share a batch: `valid` [B, T] is False
-on the padding at their end, which nobody attends to and which every convolution leaves zero.
+A block attends within a band of `window` tokens of its level. Videos of different length share a batch: `valid` [B, T] is
+False on the padding at their end, which nobody attends to and which every convolution leaves zero.
 
 Parameters have names of this package; `models.actionformer_weights` reads the released checkpoints.
 """

@@ -8,8 +8,8 @@
     vote_1d     a kept segment becomes the mean of all candidates with u >= threshold, weighted by score * u
 
 Lengths of the suppression are stretched by 1e-6, so that u is defined for points (0); votes use plain lengths (both as
-ActionFormer does, arXiv 2202.07925). Of equal scores the first in the input wins. Everything is computed in float64 on the host: a detection
-head yields some thousand candidates, and which is taken depends on all taken before. There is no gradient.
+ActionFormer does, arXiv 2202.07925). Of equal scores the first in the input wins. Everything is computed in float64 on the
+host: a detector proposes some thousand segments, and which is taken depends on all taken before. There is no gradient.
 """
 
 from __future__ import annotations
@@ -173,10 +173,11 @@ def nms_1d(
     check(sigma > 0, f"nms_1d: sigma must be above 0, got {sigma}")
     check(min_score >= 0, f"nms_1d: min_score must not be negative, got {min_score}")
     check(limit >= 1, f"nms_1d: limit must be at least 1, got {limit}")
-    check(
-        labels is None or (labels.shape == (count,) and not labels.is_floating_point() and labels.dtype != torch.bool),
-        f"nms_1d: labels must be whole numbers [{count}], got {None if labels is None else (labels.dtype, tuple(labels.shape))}",
-    )
+    if labels is not None:
+        check(
+            labels.shape == (count,) and not labels.is_floating_point() and labels.dtype != torch.bool,
+            f"nms_1d: labels must be whole numbers [{count}], got {labels.dtype} {tuple(labels.shape)}",
+        )
     check(
         voting_threshold is None or 0 < voting_threshold <= 1,
         f"nms_1d: voting_threshold must lie above 0 and be at most 1, or be None for no vote, got {voting_threshold}",

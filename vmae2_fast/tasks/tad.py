@@ -13,17 +13,18 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..config import TadConfig
+from ..config import TadConfig, TadDataConfig
 from ..data.manifest import Source
-from ..data.tad import Detections, TadError, read_annotations, read_video_scores
+from ..data.tad import Detections, TadError, choose_subset, read_annotations, read_video_scores
+from ..data.tad_loader import AGNOSTIC, TadBatch, TadEvaluationLoader, TadLoader, TadSource
 from ..data.tad_loader import Sequence as VideoSequence
-from ..data.tad_loader import TadBatch, TadEvaluationLoader, TadLoader, TadSource
-from ..models import LoadReport, resolve
+from ..models import LoadReport, VisionTransformer, build_model, load_weights, resolve
 from ..models.actionformer import ActionFormer
 from ..models.actionformer_weights import load_actionformer
 from .base import Task
 from .metrics.tad import Segments, detection_map, report, thresholds
 from .tad_detect import detect, fuse_all
+from .tad_features import FeatureConfig, extract_features, find_videos
 from .tad_losses import distance_loss, focal_loss, smooth
 
 
@@ -49,23 +50,53 @@ class TadTask(Task[TadConfig]):
     def load_init(self, source: str | Path) -> LoadReport:
         return load_actionformer(self.model, source)
 
-    def _source(self, data: Any, *, training: bool) -> TadSource:
+    def _source(self, data: TadDataConfig, *, training: bool) -> TadSource:
+        self._take_features(data)
         model = self.config.model
         return TadSource(
             data, frames=model.frames, channels=self.model.config.inputs, classes=self.class_names(), training=training
         )
 
+    def _take_features(self, data: TadDataConfig) -> None:
+        """Take the features of annotated videos that are not there yet, where the config says how."""
+        config = self.config
+        if config.trunk_weights is None or data.videos is None:
+            return
+        wanted = choose_subset(read_annotations(data.annotations), data.subset, data.block_list)
+        missing = [name for name in wanted if not os.path.isfile(os.path.join(data.features, f"{name}.npy"))]
+        if not missing:
+            return
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            raise TadError(
+                f"{data.features}: {len(missing)} videos have no features; take them before a run on several ranks, "
+                "`vmae2 tad features --shard I/N`"
+            )
+        videos = find_videos([data.videos])
+        lost = [name for name in missing if name not in videos]
+        if lost:
+            raise TadError(f"{data.videos}: no video of {lost[0]}" + (f" and {len(lost) - 1} more" if lost[1:] else ""))
+        trunk = build_model(config.model)
+        assert isinstance(trunk, VisionTransformer)
+        print(load_weights(trunk, config.trunk_weights), file=sys.stderr)
+        taken = extract_features(
+            trunk.to(self.device), {name: videos[name] for name in missing}, data.features,
+            FeatureConfig(step=data.stride, normalize=config.normalize, precision=config.train.precision),
+            about={"weights": config.trunk_weights},
+        )  # fmt: skip
+        for path, reason in taken["failed"].items():
+            raise TadError(f"{path}: {reason}; mend it, or put it on data.block_list")
+
     def class_names(self) -> tuple[str, ...]:
         """Names of the classes, those of the training annotations. Raises ValueError if the detector has another number."""
         if self._names is None:
-            config = self.config
-            source = TadSource(config.data, frames=config.model.frames, channels=self.model.config.inputs, training=True)
-            if len(source.classes) != config.detector.classes:
+            config, data = self.config, self.config.data
+            names = (AGNOSTIC,) if data.class_agnostic else read_annotations(data.annotations).classes
+            if len(names) != config.detector.classes:
                 raise ValueError(
-                    f"{config.name}: {config.data.annotations} has {len(source.classes)} classes, detector.classes="
-                    f"{config.detector.classes}; set it to {len(source.classes)}"
+                    f"{config.name}: {data.annotations} has {len(names)} classes, detector.classes={config.detector.classes}; "
+                    f"set it to {len(names)}"
                 )
-            self._names = source.classes
+            self._names = names
         return self._names
 
     def training_loader(  # type: ignore[override]

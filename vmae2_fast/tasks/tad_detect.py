@@ -46,8 +46,9 @@ def candidates(levels: list[Level], config: DetectionConfig) -> Candidates:
 
 @torch.no_grad()
 def detect(
-    model: ActionFormer, sequence: Sequence, config: DetectionConfig, classes: Names[str], *, device: torch.device | str = "cpu"
-) -> Detections:
+    model: ActionFormer, sequence: Sequence, config: DetectionConfig, classes: Names[str], *,
+    device: torch.device | str = "cpu",
+) -> Detections:  # fmt: skip
     """Detections of one video, best first. `model` in evaluation mode on `device`; `classes` names its classes."""
     features, valid = pad([sequence.features], model.padded_length(len(sequence.features)))
     found = candidates(model(features.to(device), valid.to(device)), config)

@@ -1,9 +1,9 @@
 """Temporal detection: mean average precision over tIoU thresholds, and recall, as the benchmarks compute them.
 
-Per class: all detections in descending score; each takes the overlapping ground truth of its video with the highest tIoU that is
-still free, and is right if that tIoU reaches the threshold. AP is the area under the precision envelope at every recall; the
-mean is over the classes that have ground truth, the average over thresholds. Equal to ActionFormer's and OpenTAD's evaluators
-with `deduplicate`, to ActivityNet's without.
+Per class: all detections in descending score; each takes the event of its video with the highest tIoU that is still free,
+and is right if that tIoU reaches the threshold. AP is the area under the precision envelope over all recalls; the mean is
+over the classes that have ground truth, the average over thresholds. Equal to ActionFormer's and OpenTAD's evaluators with
+`deduplicate`, to ActivityNet's without.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 Array = NDArray[np.float64]
 
 BENCHMARKS: dict[str, tuple[float, float, int]] = {"thumos14": (0.3, 0.7, 5), "fineaction": (0.5, 0.95, 10)}
-"""First and last tIoU and their number. A tIoU may equal a threshold exactly: `thresholds` gives the evaluators' own values."""
+"""First and last tIoU and their number: `thresholds` gives the evaluators' own values, which a tIoU may equal exactly."""
 
 DUPLICATE = 1e-3
 """Seconds: events shorter than this, and events of one label whose ends both lie this close, are one mistake of annotation."""
