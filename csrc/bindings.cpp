@@ -138,6 +138,21 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         },
         release());
 
+  m.def("nms_1d",
+        [](uintptr_t segments, uintptr_t scores, uintptr_t labels, int64_t count, const std::string& method, double iou_threshold,
+           double sigma, double min_score, int64_t limit, uintptr_t index, uintptr_t decayed) {
+          nms_1d(at<const double>(segments), at<const double>(scores), at<const int64_t>(labels), count, method, iou_threshold,
+                 sigma, min_score, limit, at<int64_t>(index), at<double>(decayed));
+        },
+        release());
+  m.def("vote_1d",
+        [](uintptr_t kept, int64_t kept_count, uintptr_t segments, uintptr_t scores, int64_t count, double threshold,
+           uintptr_t out, int threads) {
+          vote_1d(at<const double>(kept), kept_count, at<const double>(segments), at<const double>(scores), count, threshold,
+                  at<double>(out), threads);
+        },
+        release());
+
 #ifdef VMAE2_WITH_CUDA
   define_ops<std::pair<int, uintptr_t>>(m, "_cuda");
   m.def("reconstruction_loss_cuda",

@@ -83,6 +83,14 @@ struct RoiAlign {
 void roi_align_max(const RoiAlign& in, void* pooled, uint8_t* where, int threads);
 void roi_align_max_backward(const RoiAlign& in, const void* grad, const uint8_t* where, void* out, int threads);
 
+// nms.cpp. segments: [count, 2], start and end; index, decayed: [count], what was taken and its score then, filled up with -1 and
+// 0; of every label at most `limit`. method: hard, linear or gaussian.
+void nms_1d(const double* segments, const double* scores, const int64_t* labels, int64_t count, const std::string& method,
+            double iou_threshold, double sigma, double min_score, int64_t limit, int64_t* index, double* decayed);
+// kept, out: [kept_count, 2].
+void vote_1d(const double* kept, int64_t kept_count, const double* segments, const double* scores, int64_t count,
+             double threshold, double* out, int threads);
+
 // The same ops on a GPU's memory, queued on a stream: they return at once, and throw std::runtime_error if a launch fails.
 // Looking at indices would mean waiting for them, so an id outside the grid gives NaN (scatter_patches: leaves its row out),
 // never an access outside the clip, and of rows that scatter_patches would put at one token the last wins.

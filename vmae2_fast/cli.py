@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from . import __version__, backend, cli_ava, cli_classify, cli_data
+from . import __version__, backend, cli_ava, cli_classify, cli_data, cli_tad
 from .benchmarks import options
 from .config import MaskConfig, ModelConfig, Progression, load
 
@@ -390,7 +390,10 @@ def bench(suite: tyro.conf.OmitSubcommandPrefixes[tyro.conf.OmitArgPrefixes[opti
     return result
 
 
-GROUPS: dict[str, dict[str, Callable[..., Any]]] = cli_ava.COMMANDS
+GROUPS: dict[str, dict[str, Callable[..., Any]]] = {
+    group: {**cli_ava.COMMANDS.get(group, {}), **cli_tad.COMMANDS.get(group, {})}
+    for group in (*cli_ava.COMMANDS, *cli_tad.COMMANDS)
+}
 """Commands of two words: `vmae2 score ava`."""
 
 COMMANDS: dict[str, Callable[..., Any]] = {

@@ -242,6 +242,20 @@ def _stream_form(path: str) -> StreamForm:
                           bool(frame.interlaced_frame), len(container.streams.video))  # fmt: skip
 
 
+def frame_rate(path: str) -> float:
+    """Frames a second, the mean over the file. Raises DecodeError where the file does not tell."""
+    return _guarded(path, _frame_rate)
+
+
+def _frame_rate(path: str) -> float:
+    container, stream = _open(path)
+    with container:
+        rate = stream.average_rate or stream.guessed_rate
+    if not rate:
+        raise DecodeError(path, "tells no frame rate")
+    return float(rate)
+
+
 def _guarded(path: str, function: Any, *arguments: Any) -> Any:
     """Call `function`, turning whatever the file makes FFmpeg raise into one DecodeError. Other errors are faults of this
     program and stay what they are: a clip must not be counted as corrupt for them."""

@@ -26,8 +26,8 @@ from torch import Tensor
 from ..config import ModelConfig, from_dict
 from .sizes import resolve
 
-WRAPPERS = ("model", "module")
-"""Keys under which the official scripts and DeepSpeed keep the state dict."""
+WRAPPERS = ("model", "module", "state_dict_ema", "state_dict")
+"""Keys under which the official scripts, DeepSpeed and ActionFormer (averaged weights first) keep the state dict."""
 PREFIXES = ("module.", "model.", "backbone.")
 FOLDER_FILES = ("weights.safetensors", "model.safetensors", "pytorch_model.bin")
 
@@ -168,7 +168,10 @@ def _own_facts(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
     if "config" not in metadata:
         return {}
     try:
-        config = from_dict(json.loads(metadata["config"]), ModelConfig)
+        content = json.loads(metadata["config"])
+        if isinstance(content, dict) and "name" not in content:  # a temporal detector's: no facts beyond its shapes
+            return {}
+        config = from_dict(content, ModelConfig)
         spec = resolve(config)
     except ValueError as error:
         raise ValueError(f"{path}: its model configuration cannot be read: {error}") from error

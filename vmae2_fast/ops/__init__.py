@@ -6,6 +6,7 @@ from .attention import attention, cosine_attention
 from .decoder_tokens import decoder_tokens
 from .masks import DualMask, dual_mask, dual_mask_from_masks, mask_sizes, masks_from_rng
 from .mlp import norm_mlp
+from .nms import nms_1d, vote_1d
 from .norm import norm_qkv, residual_norm
 from .patches import IMAGENET_MEAN, IMAGENET_STD, gather_patches, scatter_patches
 from .reconstruction import patch_statistics, reconstruction_loss
@@ -27,6 +28,7 @@ __all__ = [
     "gather_patches",
     "mask_sizes",
     "masks_from_rng",
+    "nms_1d",
     "norm_mlp",
     "norm_qkv",
     "patch_statistics",
@@ -37,4 +39,5 @@ __all__ = [
     "roi_align",
     "roi_align_max",
     "scatter_patches",
+    "vote_1d",
 ]

@@ -6,14 +6,15 @@ from typing import Any
 
 import torch
 
-from ..config import AvaConfig, ClassifyConfig, DistillConfig, PretrainConfig, Stage
+from ..config import AvaConfig, ClassifyConfig, DistillConfig, PretrainConfig, Stage, TadConfig
 from .ava import AvaTask
 from .base import Task
 from .classify import ClassifyTask
 from .distill import DistillTask
 from .pretrain import PretrainTask
+from .tad import TadTask
 
-__all__ = ["AvaTask", "ClassifyTask", "DistillTask", "PretrainTask", "Task", "create_task"]
+__all__ = ["AvaTask", "ClassifyTask", "DistillTask", "PretrainTask", "TadTask", "Task", "create_task"]
 
 
 def create_task(config: Stage, device: torch.device | str = "cpu") -> Task[Any]:
@@ -26,4 +27,6 @@ def create_task(config: Stage, device: torch.device | str = "cpu") -> Task[Any]:
         return DistillTask(config, device)
     if isinstance(config, AvaConfig):
         return AvaTask(config, device)
+    if isinstance(config, TadConfig):
+        return TadTask(config, device)
     raise ValueError(f"no task for a {type(config).__name__}")

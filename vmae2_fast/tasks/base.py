@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
@@ -16,7 +17,8 @@ from ..config import RunConfig
 from ..data.evaluation_loader import EvaluationLoader, VideoViews
 from ..data.loader import Batch, VideoLoader
 from ..data.manifest import Source, open_sources
-from ..models import PretrainViT, VisionTransformer
+from ..models import LoadReport, PretrainViT, VisionTransformer, load_weights
+from ..models.actionformer import ActionFormer
 
 Config = TypeVar("Config", bound=RunConfig)
 
@@ -41,7 +43,7 @@ def autocast_dtype(precision: str, device_type: str, key: str = "train.precision
 class Task(Generic[Config]):
     """One training task. Subclasses set `model` and define `loss`, `static_count` or `count`, and `evaluate`."""
 
-    model: PretrainViT | VisionTransformer
+    model: PretrainViT | VisionTransformer | ActionFormer
     best_by: str | None = None
     """Metric of `evaluate` whose best weights a run keeps beside the last ones (`best.safetensors`)."""
 
@@ -57,6 +59,11 @@ class Task(Generic[Config]):
     def needs_labels(self) -> bool:
         """Whether the loss reads labels, so that every clip must have one."""
         return False
+
+    def load_init(self, source: str | Path) -> LoadReport:
+        """Load the weights a run starts from into the model. Raises ValueError naming what does not fit."""
+        assert not isinstance(self.model, ActionFormer)
+        return load_weights(self.model, source)
 
     def training_loader(
         self, clips_per_batch: int, quarantine: str | os.PathLike[str] | None = None, *, rank: int = 0, world: int = 1
@@ -104,6 +111,10 @@ class Task(Generic[Config]):
     def count(self, batches: Sequence[Batch]) -> Tensor:
         """Denominator over all micro-batches of a step, on the device; called where `static_count` gives None."""
         raise NotImplementedError
+
+    def denominator(self, count: Tensor) -> Tensor:
+        """What the loss sums of a step are divided by, given the count over its whole global batch; once a step."""
+        return count
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         """{"loss_sum": differentiable fp32 scalar, ...}; other entries are detached sums over the clips, for the log.

@@ -83,6 +83,8 @@ class DistillTask(Task[DistillConfig]):
 
     teacher: VisionTransformer
 
+    model: PretrainViT | VisionTransformer
+
     def __init__(self, config: DistillConfig, device: torch.device | str = "cpu") -> None:
         super().__init__(config, device)
         self.features = config.objective == "features"

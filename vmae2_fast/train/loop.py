@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ..config import RunConfig, divisible
 from ..data.loader import Batch
-from ..models.weights import load_weights, save_weights
+from ..models.weights import save_weights
 from ..tasks import Task, create_task
 from .checkpoint import load_checkpoint, newest_intact, save_checkpoint
 from .execution import Eager, Graphed, compile_model
@@ -103,7 +103,7 @@ class Trainer:
         self.task: Task[Any] = create_task(config, device)  # type: ignore[arg-type]
         checkpoint = world.on_first(lambda: newest_intact(run.checkpoints))
         if config.init and checkpoint is None:
-            report = load_weights(self.task.model, config.init)
+            report = self.task.load_init(config.init)
             if world.first:
                 print(report, file=sys.stderr)
         if world.rank:
@@ -274,8 +274,8 @@ class Trainer:
             self._flush()
         with self.optimizer.averaged(), self.task.validation_views(self.run.quarantine) as views:
             metrics = {**self.task.evaluate(views), "left_out": views.stats["bad"]}
+            self._keep_best(metrics)
         self.task.model.train()
-        self._keep_best(metrics)
         numbers = {k: v for k, v in metrics.items() if not isinstance(v, (list, dict))}
         self.log.write(kind="validation", step=self.progress.step, **numbers)
         self.mark = time.perf_counter()  # validation is not training time
@@ -353,7 +353,7 @@ def accumulate(
     total: float | Tensor | None = task.static_count(clips)
     if total is None:
         held = [next(batches) for _ in range(micro_batches)]
-        total, batches = world.sum(task.count(held)), iter(held)
+        total, batches = task.denominator(world.sum(task.count(held))), iter(held)
     sums: dict[str, Tensor] = {}
     replaced: list[str] = []
     for number in range(micro_batches):

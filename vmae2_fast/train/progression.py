@@ -25,12 +25,15 @@ from ..config import (
     RunConfig,
     SourceConfig,
     Stage,
+    TadConfig,
     ViewsConfig,
     save,
 )
 from ..data.prepare import prepare_folder, prepare_scenes
 from ..data.synthetic import CLASSES
 from ..data.synthetic_ava import write_ava_scenes
+from ..data.synthetic_tad import CLASSES as ACTIONS
+from ..data.synthetic_tad import write_tad_features
 from ..models import resolve
 from ..ops.masks import mask_sizes
 from .loop import train
@@ -121,6 +124,10 @@ def prepare(progression: Progression) -> dict[str, Any]:
             train, val = max(8, round(64 * wanted.scale)), max(4, round(16 * wanted.scale))
             write_ava_scenes(root, train=train, val=val, seed=wanted.seed)
             return {"kind": "scenes with boxes in AVA's formats, as H.264 MP4", "train_is_test": False, "skipped": {}}
+        if wanted.scenes == "features":
+            train, test = max(8, round(24 * wanted.scale)), max(4, round(12 * wanted.scale))
+            write_tad_features(root, train=train, test=test, channels=wanted.size, seed=wanted.seed)
+            return {"kind": "features of untrimmed videos in THUMOS14's style", "train_is_test": False, "skipped": {}}
         if wanted.folder is not None:
             return prepare_folder(root, wanted.folder, size=wanted.size)
         return prepare_scenes(root, size=wanted.size, scale=wanted.scale, seed=wanted.seed)
@@ -167,7 +174,7 @@ def smoke(run: Stage | Progression) -> Progression:
     return Progression(
         name=f"{run.name}_smoke",
         cites=run.cites,
-        prepare=PrepareConfig(scale=_SMOKE_SCALE, scenes="boxes" if isinstance(stages[0], AvaConfig) else "moving"),
+        prepare=_smoke_data(stages[0]),
         stages=tuple(_smoke_stage(_on_scenes(stage, out)) for stage in stages),
         out=out,
     )
@@ -185,9 +192,33 @@ def _on_boxes(stage: AvaConfig, out: str) -> Stage:
     return dataclasses.replace(stage, data=data, validation=validation, init=None)
 
 
+def _smoke_data(stage: Stage) -> PrepareConfig:
+    if isinstance(stage, TadConfig):
+        return PrepareConfig(scale=_SMOKE_SCALE, scenes="features", size=_small(stage.model).width or 0)
+    return PrepareConfig(scale=_SMOKE_SCALE, scenes="boxes" if isinstance(stage, AvaConfig) else "moving")
+
+
+def _on_features(stage: TadConfig, out: str) -> Stage:
+    data = dataclasses.replace(
+        stage.data, features=f"{out}/data/features", annotations=f"{out}/data/annotations.json", subset="validation",
+        videos=None, stride=4, resize_to=None if stage.data.resize_to is None else 128,
+    )  # fmt: skip
+    validation = dataclasses.replace(data, subset="test", crop_range=None)
+    return dataclasses.replace(
+        stage, data=data, validation=validation, init=None, trunk_weights=None,
+        video_scores=stage.video_scores and f"{out}/data/video_scores.json",
+        detector=dataclasses.replace(
+            stage.detector, classes=min(stage.detector.classes, len(ACTIONS)), width=32, windows=(9, 9, 9, 0),
+            range_ends=stage.detector.range_ends[:3], max_length=128,
+        ),
+    )  # fmt: skip
+
+
 def _on_scenes(stage: Stage, out: str) -> Stage:
     if isinstance(stage, AvaConfig):
         return _on_boxes(stage, out)
+    if isinstance(stage, TadConfig):
+        return _on_features(stage, out)
     labelled = not isinstance(stage, PretrainConfig)
     sources = ("labeled_video", "labeled_frames") if labelled else ("unlabeled_video", "unlabeled_frames")
     data = dataclasses.replace(
@@ -252,6 +283,8 @@ def describe(run: RunConfig | Progression) -> list[str]:
     sources = ", ".join(f"{s.name}" + (f" x{s.weight:g}" if s.weight != 1 else "") for s in run.data.sources)
     if isinstance(run, AvaConfig):
         sources = f"key frames of {run.data.annotations}"
+    if isinstance(run, TadConfig):
+        sources = f"features of {run.data.annotations} in {run.data.features}"
     line = f"{run.name}: {run.model.name} {run.model.frames}x{run.model.size}^2, batch {run.train.global_batch}"
     line += f", {run.train.epochs} epochs, lr {run.optim.lr:g}, {run.train.precision}, data {sources or '(none)'}"
     return [line + (f", from {run.init}" if run.init else "")]

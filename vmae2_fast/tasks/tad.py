@@ -1,0 +1,200 @@
+"""Temporal action detection: ActionFormer on features of a frozen trunk (THUMOS14, FineAction)."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ..config import TadConfig, TadDataConfig
+from ..data.manifest import Source
+from ..data.tad import Detections, TadError, choose_subset, read_annotations, read_video_scores
+from ..data.tad_loader import AGNOSTIC, TadBatch, TadEvaluationLoader, TadLoader, TadSource
+from ..data.tad_loader import Sequence as VideoSequence
+from ..models import LoadReport, VisionTransformer, build_model, load_weights, resolve
+from ..models.actionformer import ActionFormer
+from ..models.actionformer_weights import load_actionformer
+from .base import Task
+from .metrics.tad import Segments, detection_map, report, thresholds
+from .tad_detect import detect, fuse_all
+from .tad_features import FeatureConfig, extract_features, find_videos
+from .tad_losses import distance_loss, focal_loss, smooth
+
+
+class TadTask(Task[TadConfig]):
+    """Focal loss of every valid point and IoU loss of the positive ones, both divided by the moving average of the number of
+    positive points of a global batch (`ActionFormer.normalizer`)."""
+
+    model: ActionFormer
+    best_by = "average_map"
+
+    def __init__(self, config: TadConfig, device: torch.device | str = "cpu") -> None:
+        super().__init__(config, device)
+        width = resolve(config.model).encoder.width
+        channels = config.detector.inputs or width
+        if channels != width:
+            raise ValueError(
+                f"{config.name}: detector.inputs={channels}, but features of {config.model.name} have {width} channels; "
+                "set detector.inputs=0 to take the trunk's width"
+            )
+        self.model = ActionFormer(dataclasses.replace(config.detector, inputs=channels)).to(self.device)
+        self._names: tuple[str, ...] | None = None
+
+    def load_init(self, source: str | Path) -> LoadReport:
+        return load_actionformer(self.model, source)
+
+    def _source(self, data: TadDataConfig, *, training: bool) -> TadSource:
+        self._take_features(data)
+        model = self.config.model
+        return TadSource(
+            data, frames=model.frames, channels=self.model.config.inputs, classes=self.class_names(), training=training
+        )
+
+    def _take_features(self, data: TadDataConfig) -> None:
+        """Take the features of annotated videos that are not there yet, where the config says how."""
+        config = self.config
+        if config.trunk_weights is None or data.videos is None:
+            return
+        wanted = choose_subset(read_annotations(data.annotations), data.subset, data.block_list)
+        missing = [name for name in wanted if not os.path.isfile(os.path.join(data.features, f"{name}.npy"))]
+        if not missing:
+            return
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            raise TadError(
+                f"{data.features}: {len(missing)} videos have no features; take them before a run on several ranks, "
+                "`vmae2 tad features --shard I/N`"
+            )
+        videos = find_videos([data.videos])
+        lost = [name for name in missing if name not in videos]
+        if lost:
+            raise TadError(f"{data.videos}: no video of {lost[0]}" + (f" and {len(lost) - 1} more" if lost[1:] else ""))
+        trunk = build_model(config.model)
+        assert isinstance(trunk, VisionTransformer)
+        print(load_weights(trunk, config.trunk_weights), file=sys.stderr)
+        taken = extract_features(
+            trunk.to(self.device), {name: videos[name] for name in missing}, data.features,
+            FeatureConfig(step=data.stride, normalize=config.normalize, precision=config.train.precision),
+            about={"weights": config.trunk_weights},
+        )  # fmt: skip
+        for path, reason in taken["failed"].items():
+            raise TadError(f"{path}: {reason}; mend it, or put it on data.block_list")
+
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes, those of the training annotations. Raises ValueError if the detector has another number."""
+        if self._names is None:
+            config, data = self.config, self.config.data
+            names = (AGNOSTIC,) if data.class_agnostic else read_annotations(data.annotations).classes
+            if len(names) != config.detector.classes:
+                raise ValueError(
+                    f"{config.name}: {data.annotations} has {len(names)} classes, detector.classes={config.detector.classes}; "
+                    f"set it to {len(names)}"
+                )
+            self._names = names
+        return self._names
+
+    def training_loader(  # type: ignore[override]
+        self, clips_per_batch: int, quarantine: str | os.PathLike[str] | None = None, *, rank: int = 0, world: int = 1
+    ) -> TadLoader:
+        source = self._source(self.config.data, training=True)
+        return TadLoader(
+            source, self.model.config, clips_per_batch=clips_per_batch, seed=self.config.seed, rank=rank, world=world
+        )
+
+    def validation_views(self, quarantine: str | os.PathLike[str] | None = None) -> TadEvaluationLoader:  # type: ignore[override]
+        if self.config.validation is None:
+            raise ValueError(f"{self.config.name}: config.validation is not set, there is nothing to evaluate on")
+        return TadEvaluationLoader(self._source(self.config.validation, training=False))
+
+    def check_labels(self, sources: Iterable[Source]) -> None:
+        """Nothing to do: annotations are checked as they are read."""
+
+    def check_validation(self) -> None:
+        if self.config.validation is None:
+            return
+        loader = self.validation_views()
+        if self.config.video_scores is not None:
+            scores = read_video_scores(self.config.video_scores)
+            missing = [v.name for v in loader.source.videos if v.name not in scores.scores]
+            if missing:
+                raise TadError(f"{self.config.video_scores}: no class scores of {missing[0]} (and {len(missing) - 1} more)")
+            known = set(read_annotations(self.config.validation.annotations).classes)
+            strangers = [name for name in scores.classes if name not in known]
+            if strangers:
+                print(
+                    f"{self.config.video_scores}: {len(strangers)} of {len(scores.classes)} classes are in no annotation, for "
+                    f"example {strangers[0]!r}",
+                    file=sys.stderr,
+                )
+
+    def static_count(self, clips: int) -> None:
+        """The number of positive points differs from batch to batch."""
+
+    def count(self, batches: Sequence[TadBatch]) -> Tensor:  # type: ignore[override]
+        """Positive points on the device."""
+        counts = [(batch.classes.sum(-1) > 0).logical_and_(self._valid(batch.valid)).sum() for batch in batches]
+        return torch.stack(counts).sum().to(self.device, torch.float32)
+
+    def denominator(self, count: Tensor) -> Tensor:
+        momentum = self.config.normalizer_momentum
+        normalizer = self.model.normalizer
+        normalizer.mul_(momentum).add_(count.clamp(min=1), alpha=1 - momentum)
+        return normalizer.clone()
+
+    def _valid(self, valid: Tensor) -> Tensor:
+        """Which points of all levels lie on features that are there: bool [B, P]."""
+        return torch.cat([valid[:, ::stride] for stride in self.model.strides], dim=1)
+
+    def loss(self, batch: TadBatch) -> dict[str, Tensor]:  # type: ignore[override]
+        config = self.config
+        features, valid, classes, target = (
+            x.to(self.device, non_blocking=True) for x in (batch.features, batch.valid, batch.classes, batch.distances)
+        )
+        with self.autocast():
+            levels = self.model(features, valid)
+        logits, distances = (torch.cat([getattr(v, name).float() for v in levels], 1) for name in ("logits", "distances"))
+        inside = torch.cat([level.valid for level in levels], dim=1)
+        positive = (classes.sum(-1) > 0) & inside
+        each = focal_loss(logits, smooth(classes, config.label_smoothing)).sum(-1)
+        class_sum = torch.where(inside, each, 0.0).sum()
+        # Where there is no action the distances are zero and the target is noise: neither may reach a gradient as NaN.
+        shown = torch.where(positive[..., None], target, 1.0)
+        said = torch.where(positive[..., None], distances, 1.0)
+        distance_sum = torch.where(positive, distance_loss(said, shown, config.distance_loss), 0.0).sum()
+        return {
+            "loss_sum": class_sum + config.distance_weight * distance_sum,
+            "class_loss": class_sum.detach(),
+            "distance_loss": distance_sum.detach(),
+            "positives": positive.sum(),
+        }
+
+    @torch.no_grad()
+    def detections(self, views: Iterable[VideoSequence]) -> dict[str, Detections]:
+        """Detections of every video, fused with the class scores of `config.video_scores` where there are some."""
+        self.model.eval()
+        found = {}
+        total = len(views) if isinstance(views, TadEvaluationLoader) else None
+        for sequence in tqdm(views, total=total, desc="detecting", unit="video", disable=None, leave=False):
+            with self.autocast():
+                found[sequence.video] = detect(
+                    self.model, sequence, self.config.detection, self.class_names(), device=self.device
+                )
+        if self.config.video_scores is None:
+            return found
+        return fuse_all(found, read_video_scores(self.config.video_scores), self.config.detection)
+
+    def evaluate(self, views: TadEvaluationLoader) -> dict[str, Any]:  # type: ignore[override]
+        """{"average_map", "map" and recall by tIoU, "per_class", "events", "detections", "not_counted"} on these videos."""
+        found = self.detections(views)
+        truth = {v.name: Segments(v.segments, v.labels) for v in views.source.videos}
+        tious = thresholds(self.config.benchmark)
+        score = detection_map(
+            truth, {video: Segments(*d) for video, d in found.items()}, tious, deduplicate=self.config.deduplicate
+        )
+        return {**report(score, tious), "detections": sum(len(d.labels) for d in found.values())}
