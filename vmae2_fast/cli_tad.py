@@ -182,7 +182,7 @@ def draw(
         threshold: least score that is shown.
     """
     from .data.tad import TadError, read_annotations, read_detections
-    from .temporal_detection import draw_timelines
+    from .timeline import draw_timelines
 
     target, found = _target(out, ".png", ".svg", ".pdf"), read_detections(detections)
     for name in videos:
@@ -200,7 +200,8 @@ def draw(
         threshold=threshold,
         durations={name: truth[name].duration for name in chosen if name in truth},
     )
-    print(f"wrote {out}: {result['detections']} detections from {threshold:g} on in {result['videos']} videos")
+    hidden = f", {result['hidden']} weaker ones hidden behind them" if result["hidden"] else ""
+    print(f"wrote {out}: {result['detections']} detections from {threshold:g} on in {result['videos']} videos{hidden}")
     return result
 
 

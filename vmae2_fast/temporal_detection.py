@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -163,68 +162,3 @@ def subset_truth(
     read = read_annotations(annotations)
     videos: dict[str, UntrimmedVideo] = choose_subset(read, subset, block_list)
     return {name: Segments(v.segments, v.labels) for name, v in videos.items()}, read.ignored
-
-
-def draw_timelines(
-    found: Mapping[str, Detections],
-    truth: Mapping[str, tuple[np.ndarray, Sequence[str]]],
-    path: str | Path,
-    *,
-    threshold: float = 0.1,
-    durations: Mapping[str, float] | None = None,
-) -> dict[str, Any]:
-    """Draw detections below the ground truth along time, one panel a video and one row a class, and return what was drawn.
-
-    Rows: classes of the ground truth, and of detections with a score of at least `threshold`; the stronger the colour, the
-    higher the score. Needs matplotlib."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    from matplotlib.colors import Normalize
-    from matplotlib.patches import Patch
-
-    videos = list(found)
-    chosen = {v: [i for i, s in enumerate(found[v].scores) if s >= threshold] for v in videos}
-    rows = {
-        v: sorted({found[v].labels[i] for i in chosen[v]} | set(truth[v][1] if v in truth else ())) or ["nothing found"]
-        for v in videos
-    }
-    heights = [0.6 + 0.42 * len(rows[v]) for v in videos]
-    figure, panels = pyplot.subplots(
-        len(videos), 1, figsize=(10, 1.1 + sum(heights)), squeeze=False, height_ratios=heights, layout="constrained"
-    )
-    colours = pyplot.get_cmap("Oranges")
-    shade = Normalize(-0.3, 1)  # the weakest must still be seen
-    for panel, video in zip(panels[:, 0], videos):
-        place = {label: i for i, label in enumerate(rows[video])}
-        segments, labels = truth.get(video, (np.zeros((0, 2)), ()))
-        for (start, end), label in zip(segments, labels):
-            panel.broken_barh([(start, end - start)], (place[label] - 0.38, 0.36), color="#2a6f97")
-        for i in reversed(chosen[video]):  # the best on top
-            start, end = found[video].segments[i]
-            row, colour = place[found[video].labels[i]], colours(shade(found[video].scores[i]))
-            panel.broken_barh(
-                [(start, end - start)], (row + 0.02, 0.36), facecolor=colour, edgecolor="white", linewidth=0.5
-            )
-        panel.set_yticks(range(len(place)), list(place), fontsize=8)
-        panel.set_ylim(len(place) - 0.5, -0.5)
-        ends = [*segments[:, 1], *found[video].segments[chosen[video], 1], (durations or {}).get(video, 0.0)]
-        panel.set_xlim(0, max([*ends, 1e-3]))
-        panel.set_title(video, fontsize=9, loc="left")
-        panel.tick_params(axis="x", labelsize=8)
-        panel.grid(axis="x", alpha=0.3)
-        panel.set_axisbelow(True)
-    panels[-1, 0].set_xlabel("seconds", fontsize=9)
-    scale = figure.colorbar(pyplot.cm.ScalarMappable(shade, colours), ax=panels[:, 0].tolist(), fraction=0.02, pad=0.01)
-    scale.ax.set_ylim(threshold, 1)
-    scale.set_label("score of a detection", fontsize=8)
-    scale.ax.tick_params(labelsize=7)
-    figure.legend(
-        handles=[Patch(color="#2a6f97", label="annotated"), Patch(color=colours(shade(0.8)), label="detected")],
-        loc="outside upper right", ncols=2, fontsize=8, frameon=False,
-    )  # fmt: skip
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
-    shown = sum(map(len, chosen.values()))
-    return {"out": str(path), "videos": len(videos), "detections": shown, "threshold": threshold}

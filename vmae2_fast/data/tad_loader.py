@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
+import time
 from collections import deque
 from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -236,6 +237,8 @@ class TadLoader:
         self.steps: int | None = None
         self.mixture = Mixture([len(source)], seed=seed)
         self.points = make_points(detector, detector.max_length)
+        self.wait_s = self.decode_s = 0.0
+        """Seconds this process waited for batches; and seconds reading and cutting took in all threads."""
         self._running: Generator[TadBatch, None, None] | None = None
 
     @property
@@ -261,7 +264,7 @@ class TadLoader:
     def _batches(self) -> Generator[TadBatch, None, None]:
         data = self.source.data
         pool = ThreadPoolExecutor(max(data.workers, 1), thread_name_prefix="vmae2-features")
-        ahead: deque[Future[TadBatch]] = deque()
+        ahead: deque[Future[tuple[TadBatch, float]]] = deque()
         begin, submitted, step = self.position, 0, self.clips_per_batch * self.world
         try:
             while True:
@@ -269,15 +272,22 @@ class TadLoader:
                     first = begin + submitted * step + self.rank * self.clips_per_batch
                     for place in (first, first + self.clips_per_batch - 1):
                         self.mixture.order(place // len(self.mixture))  # drawn here once, not by every thread
-                    ahead.append(pool.submit(self._batch, first))
+                    ahead.append(pool.submit(self._timed, first))
                     submitted += 1
                 if not ahead:
                     return
-                batch = ahead.popleft().result()
+                asked = time.perf_counter()
+                batch, seconds = ahead.popleft().result()
+                self.wait_s += time.perf_counter() - asked
+                self.decode_s += seconds
                 self.position += step
                 yield batch
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+
+    def _timed(self, first: int) -> tuple[TadBatch, float]:
+        begin = time.perf_counter()
+        return self._batch(first), time.perf_counter() - begin
 
     def _batch(self, first: int) -> TadBatch:
         detector = self.detector
