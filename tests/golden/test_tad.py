@@ -49,7 +49,8 @@ TINY = ROOT / "actionformer_tiny.npz"
 @pytest.mark.parametrize("name", EXPECTED)
 def test_map_equals_the_public_evaluators(name):
     expected = EXPECTED[name]
-    truth = {k: Segments(v.segments, v.labels) for k, v in choose_subset(read_annotations(ROOT / "tad_gt.json"), "test").items()}
+    videos = choose_subset(read_annotations(ROOT / "tad_gt.json"), "test")
+    truth = {k: Segments(v.segments, v.labels) for k, v in videos.items()}
     found = {k: Segments(*d) for k, d in read_detections(ROOT / "tad_pred.json").items()}
     tious = thresholds(name.partition("_")[0].replace("thumos", "thumos14"))
     score = detection_map(truth, found, tious, deduplicate="no_dedup" not in name)
