@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= runs/demo
+# Test processes: one a core, at most four, each with a gigabyte or two.
+JOBS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2); [ $$n -gt 4 ] && echo 4 || echo $$n)
 # A machine without a C++ compiler tests the reference path; with one, a missing extension is a failure.
 NATIVE := $(if $(shell command -v c++ || command -v g++ || command -v clang++),require,auto)
 SOURCES := setup.py pyproject.toml CMakeLists.txt constraints.txt $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/*)
@@ -42,7 +44,7 @@ else
 endif
 
 test: $(VENV)/.dev
-	VMAE2_NATIVE=$(NATIVE) $(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 VMAE2_NATIVE=$(NATIVE) $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile $(ARGS)
 
 drills: $(VENV)/.dev
 	VMAE2_DRILLS=full VMAE2_NATIVE=$(NATIVE) $(BIN)/python -m pytest -q tests/drills --durations=0
