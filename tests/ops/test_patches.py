@@ -287,6 +287,10 @@ def test_triton_takes_a_large_patch_in_tiles(order: str, monkeypatch: pytest.Mon
         ((2, 4, 8, 8, 3), (3, 3), {"patch": 4}, r"index must be int32 \[B, K\] with B = 2"),
         ((2, 4, 8, 8, 4), (2, 3), {"patch": 4}, "both be given for 4 channels"),
         ((2, 4, 8, 8, 4), (2, 3), {"patch": 4, "mean": [0] * 3, "std": [1] * 3}, "4 values each"),
+        ((2, 4, 8, 8, 3), (2, 3), {"patch": 4, "mean": [0] * 3, "std": [0.1, float("nan"), 0.1]}, "std positive"),
+        ((2, 4, 8, 8, 3), (2, 3), {"patch": 4, "mean": [0] * 3, "std": [0.1, 0, 0.1]}, "std positive"),
+        ((2, 4, 8, 8, 3), (2, 3), {"patch": 4, "mean": [0, float("inf"), 0], "std": [1] * 3}, "all finite"),
+        ((2, 4, 8, 8, 0), (2, 3), {"patch": 4}, "at least one channel"),
         ((2, 4, 8, 8, 3), (2, 3), {"patch": 4, "order": "tyxc"}, "order must be one of conv, pixel"),
         ((2, 4, 8, 8, 3), (2, 3), {"patch": 4, "dtype": torch.int32}, "floating point"),
     ],
@@ -303,6 +307,8 @@ def test_gather_rejects(clip: tuple, index: tuple, options: dict, message: str) 
         ((2, 3, 96), (2, 4), {}, "3 rows but 4 indices"),
         ((2, 3, 96), (2, 3), {"grid": (2, 2)}, "grid"),
         ((2, 3, 96), (2, 3), {"order": "x"}, "order"),
+        ((2, 3, 96), (2, 3), {"patch": -4}, "must be at least 1, got -4, 2 and 3"),
+        ((2, 3, 96), (2, 3), {"channels": 0}, "must be at least 1, got 4, 2 and 0"),
     ],
 )
 def test_scatter_rejects(rows: tuple, index: tuple, options: dict, message: str) -> None:
