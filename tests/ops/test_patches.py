@@ -265,6 +265,20 @@ def test_kernels_refuse_a_token_named_twice(name: str) -> None:
         scatter_patches(torch.zeros(2, 2, 24), torch.tensor([[0, 3], [3, 3]]), grid=(2, 2, 2), patch=2)
 
 
+@pytest.mark.parametrize("name", [n for n in BACKENDS if n not in ("reference", "emulated")])
+def test_gradient_of_a_token_named_twice_is_left_to_the_reference(name: str) -> None:
+    clip, index = make_clip((2, 2, 2), 2, 2, 3, torch.float32, batch=2).requires_grad_(), torch.tensor([[0, 3], [3, 3]])
+    with backend.use_backend(name):
+        rows = gather_patches(clip, index, patch=2)
+    with pytest.raises(ValueError, match=r"gradient of gather_patches: .*index\[1\] holds token 3 twice.*=reference"):
+        rows.sum().backward()
+    with backend.use_backend("gather_patches=reference"):
+        gather_patches(clip, index, patch=2).sum().backward()
+    assert clip.grad is not None
+    assert clip.grad.sum((1, 2, 3, 4)).tolist() == [48, 48]
+    assert clip.grad[1].unique().tolist() == [0, 2]
+
+
 @pytest.mark.skipif("triton" not in BACKENDS, reason="no Triton")
 @pytest.mark.parametrize("order", ["conv", "pixel"])
 def test_triton_takes_a_large_patch_in_tiles(order: str, monkeypatch: pytest.MonkeyPatch) -> None:

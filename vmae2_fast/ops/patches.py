@@ -236,7 +236,13 @@ def _gather_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         return (None,) * 9
     patch, tubelet, order = ctx.geometry
     grid = [t // tubelet, h // patch, w // patch]
-    clip_grad = _scatter(grad, ctx.saved_tensors[0], grid, patch, tubelet, c, order, ctx.backend).to(dtype)
+    try:
+        clip_grad = _scatter(grad, ctx.saved_tensors[0], grid, patch, tubelet, c, order, ctx.backend).to(dtype)
+    except ValueError as error:  # of a kernel that found a token named twice
+        raise ValueError(
+            f"gradient of gather_patches: {error}; the reference adds their gradients: run the forward under "
+            'use_backend("gather_patches=reference")'
+        ) from error
     return clip_grad, *(None,) * 8
 
 
@@ -300,7 +306,7 @@ def gather_patches(
 
     clip: uint8 [B, T, H, W, C], normalised with the per-channel `mean` and `std` of values in [0, 1] (None: ImageNet's, for
     three channels), or floating point [B, C, T, H, W], taken as it is and differentiable where the ids of a row are distinct
-    (its gradient is `scatter_patches`). index: int32 [B, K] token ids (int64 is converted); -1 gives a row of zeros.
+    (its gradient is `scatter_patches`; the reference adds the gradients of a token named twice). index: int32 [B, K] token ids (int64 is converted); -1 gives a row of zeros.
     `order`: "conv" (c, t, y, x) or "pixel" (t, y, x, c).
     float64 has the reference only.
 
