@@ -306,7 +306,8 @@ def gather_patches(
 
     clip: uint8 [B, T, H, W, C], normalised with the per-channel `mean` and `std` of values in [0, 1] (None: ImageNet's, for
     three channels), or floating point [B, C, T, H, W], taken as it is and differentiable where the ids of a row are distinct
-    (its gradient is `scatter_patches`; the reference adds the gradients of a token named twice). index: int32 [B, K] token ids (int64 is converted); -1 gives a row of zeros.
+    (its gradient is `scatter_patches`; the reference adds up those of a token named twice). index: int32 [B, K] token ids
+    (int64 is converted); -1 gives a row of zeros.
     `order`: "conv" (c, t, y, x) or "pixel" (t, y, x, c).
     float64 has the reference only.
 
