@@ -29,10 +29,12 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.demo: $(BIN)/python $(SOURCES)
+	@echo "installing torch and tools into $(VENV): some hundred MB, a few minutes"
 	$(BIN)/pip install -q -c constraints.txt -e ".[report]"
 	@touch $@
 
 $(VENV)/.dev: $(BIN)/python $(SOURCES)
+	@echo "installing torch and tools into $(VENV): some hundred MB, a few minutes"
 	$(BIN)/pip install -q -c constraints.txt -e ".[dev]"
 	@touch $@ $(VENV)/.demo
 

@@ -30,11 +30,11 @@ from vmae2_fast import ops
 WIDTHS = {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128}
 
 
-def configurations() -> list[tuple[Any, ...]]:
-    """The `aot_configurations()` of all modules of Triton kernels, in the order of their names."""
-    folder = Path(ops.__path__[0])
-    modules = [importlib.import_module(f"vmae2_fast.ops.{file.stem}") for file in sorted(folder.glob("_*_triton.py"))]
-    return [configuration for module in modules for configuration in module.aot_configurations()]
+def configurations() -> list[tuple[str, tuple[Any, ...]]]:
+    """The `aot_configurations()` of all modules of Triton kernels, in the order of their names, each with its module's."""
+    names = sorted(file.stem for file in Path(ops.__path__[0]).glob("_*_triton.py"))
+    modules = {name: importlib.import_module(f"vmae2_fast.ops.{name}") for name in names}
+    return [(name, configuration) for name, module in modules.items() for configuration in module.aot_configurations()]
 
 
 def _attributes(signature: dict[str, Any]) -> tuple[dict[str, Any], dict[tuple[int, ...], list[list[Any]]]]:
@@ -88,7 +88,8 @@ def _read(binary: Any) -> dict[str, Any]:
     }
 
 
-_all: list[tuple[Any, ...]] = []  # of this process: kernels do not travel between processes, positions in the list do
+# Of this process: kernels do not travel between processes, positions in the list do.
+_all: list[tuple[str, tuple[Any, ...]]] = []
 
 
 def _start() -> None:
@@ -97,23 +98,24 @@ def _start() -> None:
 
 def _one(arguments: tuple[str, int, int]) -> dict[str, Any]:
     folder, position, arch = arguments
-    name, kernel, *rest = _all[position]
+    module, configuration = _all[position]
+    name, kernel, *rest = configuration
     key = json.dumps([name, kernel.cache_key, repr(rest), arch, triton.__version__, Path(__file__).read_text()])
     kept = Path(folder) / f"{hashlib.sha256(key.encode()).hexdigest()}.json"
     if not kept.exists():
         kept.parent.mkdir(parents=True, exist_ok=True)
         part = kept.with_suffix(f".{os.getpid()}")
-        part.write_text(json.dumps(_compile(_all[position], arch)))
+        part.write_text(json.dumps(_compile(configuration, arch)))
         part.replace(kept)
     result: dict[str, Any] = json.loads(kept.read_text())
-    return result
+    return {"module": module, **result}
 
 
 def main(folder: str, *archs: str) -> None:
     _start()
     work = [
         (folder, position, int(arch))
-        for position, configuration in enumerate(_all)
+        for position, (_, configuration) in enumerate(_all)
         for arch in archs
         if not configuration[-1] or int(arch) in configuration[-1]
     ]

@@ -18,6 +18,7 @@ namespace vmae2::cuda {
 
 constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
+constexpr size_t kSharedBytes = 48 << 10;  // more is an opt-in of each kernel on each device
 
 inline void check(const char* op, cudaError_t status) {
   if (status == cudaSuccess) return;
@@ -48,6 +49,10 @@ void launch(const char* op, const Queue& queue, void (*kernel)(Parameters...), i
             Arguments... arguments) {
   if (blocks == 0) return;
   if (blocks > INT32_MAX) throw std::invalid_argument(std::string(op) + ": more rows than a CUDA grid has blocks");
+  if (shared > kSharedBytes) {
+    throw std::runtime_error(std::string(op) + ": " + std::to_string(shared) + " bytes of shared memory a block, where " +
+                             std::to_string(kSharedBytes) + " are what a kernel gets without asking");
+  }
   const DeviceGuard guard(op, queue.device);
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(blocks));

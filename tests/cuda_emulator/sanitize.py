@@ -13,8 +13,10 @@ from pathlib import Path
 
 from tests.cuda_emulator import build, emulated
 
-SHARED = [f"tests/ops/test_{op}.py" for op in ("masks", "patches", "reconstruction", "resize")]
-"""Tests of all backends, of which those of the native and emulated ones are run."""
+SHARED = [f"tests/ops/test_{op}.py" for op in ("masks", "patches", "reconstruction", "resize", "roi_align", "misuse")]
+"""Tests of all backends."""
+NATIVE = "native or emulated or not (triton or reference)"
+"""Which of these are run: those of a native kernel, and those of no one backend."""
 OWN = [f"tests/ops/test_{op}.py" for op in ("cuda_kernels", "cpu_isa")]
 """Tests of native kernels only."""
 
@@ -40,7 +42,7 @@ def main() -> int:
         "UBSAN_OPTIONS": "print_stacktrace=1",
     }
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-s", "-p", "no:cacheprovider", "-m", "not cuda"]
-    for chosen in ([*OWN], ["-k", "native or emulated", *SHARED]):
+    for chosen in ([*OWN], ["-k", NATIVE, *SHARED]):
         rc = subprocess.run([*command, *chosen, *sys.argv[1:]], env=environment).returncode
         if rc:
             return rc

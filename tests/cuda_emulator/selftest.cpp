@@ -1,7 +1,7 @@
-// What the emulator must notice or get right; prints one line a case. Built and read by tests/ops/test_cuda_kernels.py.
+// What the emulator and the launcher of csrc/cuda must notice or get right; prints one line a case. Built and read by tests/ops/test_cuda_kernels.py.
 #include <cstdio>
 
-#include "cuda_runtime.h"
+#include "../../csrc/cuda/launch.cuh"
 
 namespace {
 
@@ -53,5 +53,13 @@ int main() {
   launch(neighbours, 2, false, &racing);
   say("with a barrier", launch(neighbours, 2, true, &waiting));
   say("warp_functions", launch(warp_functions, 2, &wrong));
+  for (size_t shared : {vmae2::cuda::kSharedBytes, vmae2::cuda::kSharedBytes + 1}) {
+    try {
+      vmae2::cuda::launch("shared memory", vmae2::Queue{0, 0}, warp_functions, 1, 64, shared, &wrong);
+      say("shared memory", cudaSuccess);
+    } catch (const std::runtime_error& error) {
+      std::puts(error.what());
+    }
+  }
   std::printf("racing %d, waiting %d, wrong %d\n", racing, waiting, wrong);
 }

@@ -41,7 +41,7 @@ def test_the_emulator_sees_mistakes(tmp_path: Path) -> None:
     program, cxx = tmp_path / "selftest", build.compiler()
     assert cxx is not None
     sources = [str(build.HERE / name) for name in ("selftest.cpp", "emulator.cpp")]
-    subprocess.run([*cxx, "-std=c++17", "-O1", *sources, "-o", str(program)], check=True)
+    subprocess.run([*cxx, "-std=c++17", "-O1", f"-I{build.HERE}", *sources, "-o", str(program)], check=True)
     said = subprocess.run([str(program)], check=True, capture_output=True, text=True).stdout.splitlines()
     assert said == [
         "some_threads_at_the_barrier: deadlock in block 0: thread 0 waits at __syncthreads; thread 40 has ended;",
@@ -50,6 +50,8 @@ def test_the_emulator_sees_mistakes(tmp_path: Path) -> None:
         "part_of_a_warp: the emulator knows warp functions of all 32 lanes only",
         "with a barrier: ok",
         "warp_functions: ok",
+        "shared memory: ok",
+        "shared memory: 49153 bytes of shared memory a block, where 49152 are what a kernel gets without asking",
         "racing 64, waiting 0, wrong 0",  # half of the neighbours in either order
     ]
 

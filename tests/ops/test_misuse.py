@@ -12,6 +12,7 @@ from torch import Tensor
 from tests.support import backends
 from vmae2_fast import backend
 from vmae2_fast.ops import (
+    Window,
     attention,
     decoder_tokens,
     dual_mask,
@@ -20,6 +21,7 @@ from vmae2_fast.ops import (
     norm_qkv,
     reconstruction_loss,
     residual_norm,
+    resize_crop,
     scatter_patches,
 )
 
@@ -130,6 +132,23 @@ ELSEWHERE = INDEX.to("meta")
 def test_mixed_devices_are_named(call: Callable[[], Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("kind", [Tensor.tolist, Tensor.numpy])
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda kind: gather_patches(kind(BYTES), INDEX, patch=4), "gather_patches: clip"),
+        (lambda kind: gather_patches(BYTES, kind(INDEX), patch=4), "gather_patches: index"),
+        (lambda kind: scatter_patches(kind(torch.zeros(2, 3, 96)), INDEX, grid=(2, 2, 2), patch=4), "scatter_patches: rows"),
+        (lambda kind: reconstruction_loss(kind(torch.zeros(2, 3, 96)), BYTES, INDEX, patch=4), "reconstruction_loss: pred"),
+        (lambda kind: reconstruction_loss(leaf(2, 3, 96), BYTES, kind(INDEX), patch=4), "loss: loss_index"),
+        (lambda kind: resize_crop([kind(BYTES[0])], [[Window(0, 0, 8, 8)]], 4), "resize_crop: frames"),
+    ],
+)
+def test_what_is_no_tensor_is_named(call: Callable[[Any], Any], kind: Callable[[Tensor], Any], message: str) -> None:
+    with pytest.raises(TypeError, match=f"{message} must be a torch.Tensor .*, got (list|ndarray)"):
+        call(kind)
 
 
 @pytest.mark.parametrize("name", backends("gather_patches"))

@@ -265,6 +265,20 @@ def test_kernels_refuse_a_token_named_twice(name: str) -> None:
         scatter_patches(torch.zeros(2, 2, 24), torch.tensor([[0, 3], [3, 3]]), grid=(2, 2, 2), patch=2)
 
 
+@pytest.mark.parametrize("name", [n for n in BACKENDS if n not in ("reference", "emulated")])
+def test_gradient_of_a_token_named_twice_is_left_to_the_reference(name: str) -> None:
+    clip, index = make_clip((2, 2, 2), 2, 2, 3, torch.float32, batch=2).requires_grad_(), torch.tensor([[0, 3], [3, 3]])
+    with backend.use_backend(name):
+        rows = gather_patches(clip, index, patch=2)
+    with pytest.raises(ValueError, match=r"gradient of gather_patches: .*index\[1\] holds token 3 twice.*=reference"):
+        rows.sum().backward()
+    with backend.use_backend("gather_patches=reference"):
+        gather_patches(clip, index, patch=2).sum().backward()
+    assert clip.grad is not None
+    assert clip.grad.sum((1, 2, 3, 4)).tolist() == [48, 48]
+    assert clip.grad[1].unique().tolist() == [0, 2]
+
+
 @pytest.mark.skipif("triton" not in BACKENDS, reason="no Triton")
 @pytest.mark.parametrize("order", ["conv", "pixel"])
 def test_triton_takes_a_large_patch_in_tiles(order: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -287,6 +301,10 @@ def test_triton_takes_a_large_patch_in_tiles(order: str, monkeypatch: pytest.Mon
         ((2, 4, 8, 8, 3), (3, 3), {"patch": 4}, r"index must be int32 \[B, K\] with B = 2"),
         ((2, 4, 8, 8, 4), (2, 3), {"patch": 4}, "both be given for 4 channels"),
         ((2, 4, 8, 8, 4), (2, 3), {"patch": 4, "mean": [0] * 3, "std": [1] * 3}, "4 values each"),
+        ((2, 4, 8, 8, 3), (2, 3), {"patch": 4, "mean": [0] * 3, "std": [0.1, float("nan"), 0.1]}, "std positive"),
+        ((2, 4, 8, 8, 3), (2, 3), {"patch": 4, "mean": [0] * 3, "std": [0.1, 0, 0.1]}, "std positive"),
+        ((2, 4, 8, 8, 3), (2, 3), {"patch": 4, "mean": [0, float("inf"), 0], "std": [1] * 3}, "all finite"),
+        ((2, 4, 8, 8, 0), (2, 3), {"patch": 4}, "at least one channel"),
         ((2, 4, 8, 8, 3), (2, 3), {"patch": 4, "order": "tyxc"}, "order must be one of conv, pixel"),
         ((2, 4, 8, 8, 3), (2, 3), {"patch": 4, "dtype": torch.int32}, "floating point"),
     ],
@@ -303,6 +321,8 @@ def test_gather_rejects(clip: tuple, index: tuple, options: dict, message: str) 
         ((2, 3, 96), (2, 4), {}, "3 rows but 4 indices"),
         ((2, 3, 96), (2, 3), {"grid": (2, 2)}, "grid"),
         ((2, 3, 96), (2, 3), {"order": "x"}, "order"),
+        ((2, 3, 96), (2, 3), {"patch": -4}, "must be at least 1, got -4, 2 and 3"),
+        ((2, 3, 96), (2, 3), {"channels": 0}, "must be at least 1, got 4, 2 and 0"),
     ],
 )
 def test_scatter_rejects(rows: tuple, index: tuple, options: dict, message: str) -> None:

@@ -380,6 +380,9 @@ BAD_WINDOWS = {
     "they must lie inside": [Window(top, left, 5, 5, False, (6, 9)) for top, left in ((2, 0), (0, 5), (-1, 0), (0, -1))],
     "must be as large as the clip, 5 x 5": [Window(0, 0, 4, 4, False, (6, 9))],
     "no side may exceed 8192": [Window(0, 0, 5, 5, False, (8193, 9))],
+    "whole numbers of pixels": [
+        Window(0.5, 0, 4, 4), Window(0, 0, 4, 4.0), Window(0, 0, 5, 5, False, (6.5, 9)), Window(0, 0, 4, 4, 0.5),
+    ],
     "must be a sequence of Window": [[Window(0, 0, 4, 4)], (0, 0, 4, 4)],
 }  # fmt: skip
 
@@ -407,13 +410,30 @@ def test_rejected_arguments() -> None:
             resize_crop(bad, windows, 5)
     for values, message in (
         ({"size": 0}, "at least one pixel"),
+        ({"size": 5.0}, "size must be a whole number of pixels.*got 5.0"),
+        ({"size": (5, 5.5)}, "size must be a whole number of pixels"),
+        ({"size": (5, 5, 5)}, "two for height and width"),
         ({"size": 5, "threads": 0}, "threads must be positive"),
+        ({"size": 5, "threads": 2**31}, "threads must be positive and below"),
         ({"size": 5, "out": frames.new_empty(1, 2, 5, 4, 3)}, r"out must be \(1, 2, 5, 5, 3\)"),
         ({"size": 5, "out": torch.empty(1, 2, 5, 5, 3)}, "out must be contiguous uint8"),
         ({"size": 5, "out": frames.new_empty(1, 2, 5, 5, 6)[..., ::2]}, "out must be contiguous uint8"),
     ):
         with pytest.raises(ValueError, match=f"resize_crop: .*{message}"):
             resize_crop(frames, [window], **values)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_out_must_not_overlap_the_frames(name: str) -> None:
+    size = 2 * 9 * 13 * 3
+    arena = torch.zeros(2 * size, dtype=torch.uint8)
+    frames, window = arena[:size].view(2, 9, 13, 3).copy_(video(9, 13)), Window(0, 0, 9, 13)
+    with backend.use_backend(name):
+        for start in (0, 1, size - 1):
+            with pytest.raises(ValueError, match="resize_crop: out shares memory with the frames"):
+                resize_crop(frames, [window], (9, 13), out=arena[start : start + size].view(1, 2, 9, 13, 3))
+        beside = resize_crop(frames, [window], (9, 13), out=arena[size:].view(1, 2, 9, 13, 3))
+        assert torch.equal(beside[0], frames)
 
 
 def test_rejected_tables() -> None:

@@ -87,6 +87,12 @@ def kernel(module: str, function: str) -> Callable[..., Any]:
     return run
 
 
+def check_tensor(value: object, op: str, name: str) -> None:
+    """Raise TypeError for an argument that is no tensor, such as a list or a NumPy array."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{op}: {name} must be a torch.Tensor (torch.as_tensor makes one), got {type(value).__name__}")
+
+
 def check(condition: bool, message: str) -> None:
     """Raise ValueError(message) unless `condition` holds: the argument check of the public functions."""
     if not condition:

@@ -13,6 +13,7 @@ adjoint and each is the other's backward.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from .. import backend
 from . import _native
-from ._register import check, define, kernel, register_backends
+from ._register import check, check_tensor, define, kernel, register_backends
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -35,14 +36,19 @@ _FROM_CTHW = {"conv": (0, 2, 4, 6, 1, 3, 5, 7), "pixel": (0, 2, 4, 6, 3, 5, 7, 1
 def channel_statistics(
     channels: int, mean: Sequence[float] | None, std: Sequence[float] | None, op: str
 ) -> tuple[list[float], list[float]]:
-    """`mean` and `std` as lists, ImageNet's for three channels when both are None. Raises ValueError on a wrong count."""
+    """`mean` and `std` as lists, ImageNet's for three channels when both are None. Raises ValueError on a wrong
+    count and on numbers that are not finite or no standard deviation."""
     if mean is None and std is None and channels == 3:
         return list(IMAGENET_MEAN), list(IMAGENET_STD)
     if mean is None or std is None:
         raise ValueError(f"{op}: mean and std must both be given for {channels} channels, got {mean} and {std}")
     check(
-        len(mean) == channels and len(std) == channels and min(std) > 0,
-        f"{op}: mean and std must hold {channels} values each, std positive; got {tuple(mean)} and {tuple(std)}",
+        len(mean) == channels
+        and len(std) == channels
+        and all(abs(v) < math.inf for v in mean)
+        and all(0 < v < math.inf for v in std),
+        f"{op}: mean and std must hold {channels} values each, all finite and std positive; got {tuple(mean)} and "
+        f"{tuple(std)}",
     )
     return [float(v) for v in mean], [float(v) for v in std]
 
@@ -57,12 +63,15 @@ def clip_shape(clip: Tensor) -> tuple[int, int, int, int, int]:
 
 
 def check_clip(clip: Tensor, patch: int, tubelet: int, op: str) -> tuple[int, int, int, int]:
-    """(T', H', W', C) of a clip after checking it. Raises ValueError naming `op`, the shape and what would fit."""
+    """(T', H', W', C) of a clip after checking it. Raises ValueError naming `op`, the shape and what would fit,
+    TypeError for no tensor."""
+    check_tensor(clip, op, "clip")
     check(
         clip.ndim == 5 and (clip.dtype == torch.uint8 or clip.is_floating_point()),
         f"{op}: clip must be uint8 [B, T, H, W, C] or floating point [B, C, T, H, W], got {clip.dtype} {tuple(clip.shape)}",
     )
     _, t, h, w, c = clip_shape(clip)
+    check(c >= 1, f"{op}: clip must have at least one channel, got {clip.dtype} {tuple(clip.shape)}")
     check(
         patch >= 1 and tubelet >= 1 and t % tubelet == 0 and h % patch == 0 and w % patch == 0,
         f"{op}: T, H, W = {t}, {h}, {w} of the clip must be multiples of tubelet {tubelet} and patch {patch}",
@@ -71,7 +80,8 @@ def check_clip(clip: Tensor, patch: int, tubelet: int, op: str) -> tuple[int, in
 
 
 def check_index(index: Tensor, batch: int, device: torch.device, op: str, name: str = "index") -> Tensor:
-    """`index` as contiguous int32 [B, K]. Raises ValueError for another shape, dtype or device."""
+    """`index` as contiguous int32 [B, K]. Raises ValueError for another shape, dtype or device, TypeError for no tensor."""
+    check_tensor(index, op, name)
     check(
         index.ndim == 2 and index.shape[0] == batch and index.dtype in (torch.int32, torch.int64),
         f"{op}: {name} must be int32 [B, K] with B = {batch}, got {index.dtype} {tuple(index.shape)}",
@@ -226,7 +236,13 @@ def _gather_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         return (None,) * 9
     patch, tubelet, order = ctx.geometry
     grid = [t // tubelet, h // patch, w // patch]
-    clip_grad = _scatter(grad, ctx.saved_tensors[0], grid, patch, tubelet, c, order, ctx.backend).to(dtype)
+    try:
+        clip_grad = _scatter(grad, ctx.saved_tensors[0], grid, patch, tubelet, c, order, ctx.backend).to(dtype)
+    except ValueError as error:  # of a kernel that found a token named twice
+        raise ValueError(
+            f"gradient of gather_patches: {error}; the reference adds their gradients: run the forward under "
+            'use_backend("gather_patches=reference")'
+        ) from error
     return clip_grad, *(None,) * 8
 
 
@@ -290,7 +306,8 @@ def gather_patches(
 
     clip: uint8 [B, T, H, W, C], normalised with the per-channel `mean` and `std` of values in [0, 1] (None: ImageNet's, for
     three channels), or floating point [B, C, T, H, W], taken as it is and differentiable where the ids of a row are distinct
-    (its gradient is `scatter_patches`). index: int32 [B, K] token ids (int64 is converted); -1 gives a row of zeros.
+    (its gradient is `scatter_patches`; the reference adds up those of a token named twice). index: int32 [B, K] token ids
+    (int64 is converted); -1 gives a row of zeros.
     `order`: "conv" (c, t, y, x) or "pixel" (t, y, x, c).
     float64 has the reference only.
 
@@ -326,6 +343,11 @@ def scatter_patches(
     the grid. The native CUDA kernel, which cannot look at ids without waiting, leaves out rows of ids outside the grid and
     lets the last row of a token win; it takes at most 16 channels.
     """
+    check_tensor(rows, "scatter_patches", "rows")
+    check(
+        min(patch, tubelet, channels) >= 1,
+        f"scatter_patches: patch, tubelet and channels must be at least 1, got {patch}, {tubelet} and {channels}",
+    )
     width = channels * tubelet * patch * patch
     check(
         rows.ndim == 3 and rows.is_floating_point() and rows.shape[2] == width,

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from .. import backend
 from . import _native
-from ._register import check, define, kernel, register_backends
+from ._register import check, check_tensor, define, kernel, register_backends
 from .patches import channel_statistics, check_clip, check_index, clip_shape, gather_patches_reference
 
 EPS = 1e-6  # added to the standard deviation, as in the official engine
@@ -277,6 +277,7 @@ def reconstruction_loss(
     """
     channels = check_clip(clip, patch, tubelet, "reconstruction_loss")[3]
     width = channels * tubelet * patch * patch
+    check_tensor(pred, "reconstruction_loss", "pred")
     check(
         pred.ndim == 3 and pred.is_floating_point() and pred.shape[0] == clip.shape[0] and pred.shape[2] == width,
         f"reconstruction_loss: pred must be floating point [{clip.shape[0]}, L, {width}] for this clip, patch {patch} and "
@@ -295,8 +296,9 @@ def reconstruction_loss(
     check(denominator in ("code", "paper"), f"reconstruction_loss: denominator must be code or paper, got {denominator!r}")
     check(reduction in ("mean", "sum"), f"reconstruction_loss: reduction must be mean or sum, got {reduction!r}")
     check(
-        denominator == "code" or (decoded is not None and decoded >= 1),
-        f'reconstruction_loss: denominator="paper" needs decoded=, the tokens decoded per clip, at least 1; got {decoded}',
+        denominator == "code" or (isinstance(decoded, (int, torch.SymInt)) and decoded >= 1),
+        'reconstruction_loss: denominator="paper" needs decoded=, the number of tokens decoded per clip, a whole one of at '
+        f"least 1; got {decoded}",
     )
     statistics = _statistics(clip, mean, std, channels, "reconstruction_loss")
     loss_sum, count, _ = _loss(pred, clip, loss_index, patch, tubelet, normalize, *statistics)

@@ -17,15 +17,16 @@ filter reads are made RGB on the way, rounded to whole levels as `yuv` says: the
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Sequence
-from typing import NamedTuple, cast
+from typing import NamedTuple, SupportsIndex, cast
 
 import torch
 from torch import Tensor
 
 from .. import backend
 from . import _native
-from ._register import check, define, kernel
+from ._register import check, check_tensor, define, kernel
 from ._resize_table import CLIP, WINDOW, View, resolve
 from .yuv import NOT_YUV, Coefficients, Yuv420, coefficients, frame_bytes, rgb_reference
 
@@ -132,6 +133,12 @@ backend.register_op(
 def _body(buffer: Tensor, clips: Tensor, windows: Tensor, out: Tensor, threads: int) -> None:
     table = resolve(buffer, clips, windows, out)
     if out.numel():
+        if not out.is_meta:
+            ours, theirs = out.data_ptr(), buffer.data_ptr()  # contiguous bytes both
+            check(
+                ours + out.numel() <= theirs or theirs + buffer.numel() <= ours,
+                "resize_crop: out shares memory with the frames, which it would overwrite while they are read",
+            )
         backend.run("resize_crop", backend.pick("resize_crop", buffer.device), buffer, table, out, threads)
 
 
@@ -176,9 +183,17 @@ def resize_crop_packed(buffer: Tensor, clips: Tensor, windows: Tensor, out: Tens
     check(out.device == buffer.device, f"resize_crop: out is on {out.device}, the frames on {buffer.device}")
     check(1 <= out.shape[4] <= 4, f"resize_crop: frames must have 1 to 4 channels, got {out.shape[4]}")
     check(min(out.shape[2:4]) >= 1, f"resize_crop: clips must have at least one pixel, got {tuple(out.shape)}")
-    check(threads is None or threads >= 1, f"resize_crop: threads must be positive, got {threads}")
+    check(threads is None or 1 <= threads < 2**31, f"resize_crop: threads must be positive and below 2**31, got {threads}")
     _resize_crop(buffer, clips, windows, out, threads or 0)
     return out
+
+
+def _whole(values: Sequence[SupportsIndex], message: str) -> list[int]:
+    """`values` as integers, of NumPy's and others'. Raises ValueError for a fraction, where int() would cut it off."""
+    try:
+        return [operator.index(value) for value in values]
+    except TypeError:
+        raise ValueError(message) from None
 
 
 def _window_row(clip: int, window: Window, frame: tuple[int, int], size: tuple[int, int]) -> list[int]:
@@ -188,13 +203,16 @@ def _window_row(clip: int, window: Window, frame: tuple[int, int], size: tuple[i
             "resize_crop: windows must be a sequence of Window for frames [T, H, W, C], and of several clips one such "
             f"sequence for each, got {window!r}"
         )
-    if window.scaled is None:
-        return [clip, *window[:4], *size, 0, 0, window.flip]
+    message = f"resize_crop: a window is whole numbers of pixels, flipped or not, got {window}"
+    check(window.flip in (0, 1), message)
+    top, left, height, width, *scaled = _whole((*window[:4], *(window.scaled or ())), message)
+    if not scaled:
+        return [clip, top, left, height, width, *size, 0, 0, window.flip]
     check(
-        (window.height, window.width) == size,
+        (height, width) == size,
         f"resize_crop: a window of scaled frames must be as large as the clip, {size[0]} x {size[1]}, got {window}",
     )
-    return [clip, 0, 0, *frame, *window.scaled, window.top, window.left, window.flip]
+    return [clip, 0, 0, *frame, *scaled, top, left, window.flip]
 
 
 class _Layout(NamedTuple):
@@ -214,6 +232,7 @@ def _stacked(frames: Tensor | Yuv420) -> tuple[_Layout, bool]:
         planes, side = frames.planes, (frames.height, frames.width)
         several, channels, color = planes.ndim == 3, 3, coefficients(frames.matrix, frames.value_range)
     else:
+        check_tensor(frames, "resize_crop", "frames")
         check(
             frames.ndim in (4, 5) and frames.dtype == torch.uint8,
             f"resize_crop: frames must be uint8 [T, H, W, C] or [N, T, H, W, C], got {frames.dtype} {tuple(frames.shape)}",
@@ -267,9 +286,13 @@ def resize_crop(
         out: where to write the result; must not share memory with `frames`.
         threads: CPU threads of this call; None: torch's. Callers that run several calls side by side say 1.
 
-    Raises ValueError for a window outside its frame, sides above 8192, or shapes that do not fit.
+    Raises ValueError for a window outside its frame, sides above 8192, numbers that are not whole, an `out` that overlaps the
+    frames, or shapes that do not fit; TypeError for frames that are no tensor.
     """
-    height, width = (size, size) if isinstance(size, int) else size
+    message = f"resize_crop: size must be a whole number of pixels, or two for height and width, got {size!r}"
+    sides_out = _whole(size if isinstance(size, Sequence) else (size, size), message)
+    check(len(sides_out) == 2, message)
+    height, width = sides_out
     nested: object = windows
     if isinstance(frames, (Tensor, Yuv420)):
         layout, several = _stacked(frames)
