@@ -84,7 +84,8 @@ def test_any_mask_of_equal_counts():
 @pytest.mark.parametrize("frames", [8, 6])
 @pytest.mark.parametrize("checkpoint", ["none", "block"])
 def test_step_reads_nothing_back_to_the_host(frames, checkpoint):
-    """Under fake tensors `.item()`, `nonzero` and boolean indexing raise: none is between the clip and the gradients."""
+    """Under fake tensors `.item()`, `nonzero` and boolean indexing raise: none is between the ops, from clip to gradients.
+    The bodies of the ops, which fake tensors do not run, have tests of their own in tests/ops/test_no_host_sync.py."""
     with FakeTensorMode():
         model = create_model(
             "pretrain_videomae_small_patch16_224", frames=frames, depth=2, drop_path=0.1, activation_checkpoint=checkpoint

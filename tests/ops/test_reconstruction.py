@@ -252,7 +252,8 @@ def test_compiles_as_one_graph() -> None:
 
 
 def test_clip_to_loss_reads_no_value_on_the_host() -> None:
-    """Masks, rows and loss under FakeTensorMode, where .item(), nonzero and boolean indexing raise."""
+    """Around the ops of masks, rows and loss under FakeTensorMode, where .item(), nonzero and boolean indexing raise; inside
+    them: test_no_host_sync.py."""
     from vmae2_fast.ops import dual_mask, gather_patches
 
     with FakeTensorMode():

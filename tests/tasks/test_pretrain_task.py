@@ -54,7 +54,8 @@ def test_loss_and_masks_do_not_depend_on_the_batch_split(tmp_path):
 
 
 def test_step_reads_no_device_value(tmp_path):
-    """Under FakeTensorMode `.item()`, nonzero and boolean indexing raise: from clip to updated weights there is none."""
+    """Under FakeTensorMode `.item()`, nonzero and boolean indexing raise: none is around the ops, from clip to updated
+    weights. Inside them, where fake tensors do not go: tests/ops/test_no_host_sync.py."""
     task = _task(tmp_path)
     with FakeTensorMode() as mode:
         for module in task.model.modules():
