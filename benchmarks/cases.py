@@ -31,6 +31,7 @@ from vmae2_fast.ops.attention import attention as our_attention
 from vmae2_fast.ops.decoder_tokens import decoder_tokens as our_decoder_tokens
 from vmae2_fast.ops.masks import dual_mask as our_dual_mask
 from vmae2_fast.ops.masks import mask_sizes, masks_from_rng
+from vmae2_fast.ops.nms import nms_1d as our_nms_1d
 from vmae2_fast.ops.patches import gather_patches as our_gather_patches
 from vmae2_fast.ops.patches import scatter_patches as our_scatter_patches
 from vmae2_fast.ops.reconstruction import reconstruction_loss as our_reconstruction_loss
@@ -52,6 +53,7 @@ CPU_BATCH = {"vit_s": 4, "vit_b": 4, "vit_l": 4, "vit_h": 4, "vit_g": 2, "toy": 
 GPU_BATCH = {"vit_s": 64, "vit_b": 64, "vit_l": 64, "vit_h": 64, "vit_g": 32, "toy": 2}
 RESIZE_FRAMES = 4  # of each clip, of `resize_crop`
 MASKS = 1024  # samples of `dual_mask`: what a loader draws for a global batch
+SEGMENTS, KEPT = 2000, 200  # of `nms_1d`: candidates of a level of a temporal detector, and what is left of a video
 
 Call = Callable[["Batch"], Any]
 
@@ -152,6 +154,13 @@ class Batch:
         token = self.random(1, 1, width).detach().float().requires_grad_()
         table = baselines.sinusoid(self.spec.tokens, width).to(self.device)
         return self.random(*self.mask.visible_index.shape, width), token, table
+
+    @functools.cached_property
+    def segments(self) -> tuple[Tensor, Tensor]:
+        """Segments [N, 2] that crowd together, and their scores [N]."""
+        draws = torch.rand(3, SEGMENTS, generator=self.generator, device=self.device)
+        start, length = 900 * draws[0], 10 + 40 * draws[1]
+        return torch.stack((start, start + length), dim=1), draws[2]
 
     def _qkv(self, stack: StackSpec | None, tokens: int) -> Tensor:
         assert stack is not None
@@ -372,6 +381,17 @@ def decoder_tokens(x: Batch, compiled: Callable) -> Case:
         bytes=tokens.numel() * x.dtype.itemsize + rows * (4 + 4 * width) + 4 * table.numel(), gradient=lambda b: b.decoder[:2],
         backward_bytes=4 * rows * width + tokens.numel() * x.dtype.itemsize,
         shapes={"visible": list(tokens.shape), "rows": rows},
+    )  # fmt: skip
+
+
+@case("nms_1d")
+def nms_1d(x: Batch, compiled: Callable) -> Case:
+    """Gaussian soft-NMS of one class; on a GPU the way to the host and back is in it. Strong decays all candidates at once."""
+    options: dict[str, Any] = {"sigma": 0.5, "min_score": 0.001, "limit": KEPT}
+    return Case(
+        ours=lambda b: our_nms_1d(*b.segments, **options)[:2], plain=lambda b: plain.soft_nms_1d(*b.segments, **options),
+        strong={"eager": lambda b: strong.soft_nms_1d(*b.segments, **options)}, bytes=SEGMENTS * 12 + KEPT * 20,
+        shapes={"segments": SEGMENTS, "kept": KEPT},
     )  # fmt: skip
 
 

@@ -69,7 +69,8 @@ def clip_config(clip: Path, tmp_path: Path, trunk: str, epochs: int) -> TadConfi
         detector=ActionFormerConfig(
             classes=1, width=16, heads=2, windows=(5,) * 5, range_ends=(4.0, 8.0, 16.0, 32.0), max_length=352, stem_blocks=1
         ),
-        trunk_weights=trunk, optim=OptimConfig(lr=2e-3, lr_batch=0), train=TrainConfig(epochs=epochs, global_batch=1, threads=1),
+        trunk_weights=trunk, optim=OptimConfig(lr=2e-3, lr_batch=0),
+        train=TrainConfig(epochs=epochs, global_batch=1, threads=1),
     )  # fmt: skip
 
 
