@@ -33,6 +33,7 @@ from vmae2_fast.ops.attention import attention as our_attention
 from vmae2_fast.ops.decoder_tokens import decoder_tokens as our_decoder_tokens
 from vmae2_fast.ops.masks import dual_mask as our_dual_mask
 from vmae2_fast.ops.masks import mask_sizes, masks_from_rng
+from vmae2_fast.ops.nms import nms_1d as our_nms_1d
 from vmae2_fast.ops.norm import residual_norm as our_residual_norm
 from vmae2_fast.ops.patches import gather_patches as our_gather_patches
 from vmae2_fast.ops.patches import scatter_patches as our_scatter_patches
@@ -57,6 +58,7 @@ GPU_BATCH = {"vit_s": 64, "vit_b": 64, "vit_l": 64, "vit_h": 64, "vit_g": 32, "t
 BOXES = 6  # people of a clip, of `roi_align_max`
 RESIZE_FRAMES = 4  # of each clip, of `resize_crop`
 MASKS = 1024  # samples of `dual_mask`: what a loader draws for a global batch
+SEGMENTS, KEPT = 2000, 200  # of `nms_1d`: candidates of a level of a temporal detector, and what is left of a video
 
 Call = Callable[["Batch"], Any]
 
@@ -176,6 +178,13 @@ class Batch:
         x, y = draws[2] * (448 - width), draws[3] * (256 - height)
         clip = torch.arange(count, device=self.device) // BOXES
         return self.random(self.clips, h, w, self.spec.encoder.width), torch.stack([clip, x, y, x + width, y + height], 1)
+
+    @functools.cached_property
+    def segments(self) -> tuple[Tensor, Tensor]:
+        """Segments [N, 2] that crowd together, and their scores [N]."""
+        draws = torch.rand(3, SEGMENTS, generator=self.generator, device=self.device)
+        start, length = 900 * draws[0], 10 + 40 * draws[1]
+        return torch.stack((start, start + length), dim=1), draws[2]
 
     def _qkv(self, stack: StackSpec | None, tokens: int, share: int = 1) -> Tensor:
         assert stack is not None
@@ -431,6 +440,17 @@ def roi_align_max(x: Batch, compiled: Callable) -> Case:
         strong=each(forms, lambda form, b: form(*b.people, **options)), bytes=moved + pooled * x.dtype.itemsize,
         gradient=lambda b: (b.people[0],), backward_bytes=moved + pooled * (1 + x.dtype.itemsize),
         shapes={"features": list(features.shape), "boxes": len(boxes)},
+    )  # fmt: skip
+
+
+@case("nms_1d")
+def nms_1d(x: Batch, compiled: Callable) -> Case:
+    """Gaussian soft-NMS of one class; on a GPU the way to the host and back is in it. Strong decays all candidates at once."""
+    options: dict[str, Any] = {"sigma": 0.5, "min_score": 0.001, "limit": KEPT}
+    return Case(
+        ours=lambda b: our_nms_1d(*b.segments, **options)[:2], plain=lambda b: plain.soft_nms_1d(*b.segments, **options),
+        strong={"eager": lambda b: strong.soft_nms_1d(*b.segments, **options)}, bytes=SEGMENTS * 12 + KEPT * 20,
+        shapes={"segments": SEGMENTS, "kept": KEPT},
     )  # fmt: skip
 
 

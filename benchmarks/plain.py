@@ -126,3 +126,25 @@ def attention(q: Tensor, k: Tensor, v: Tensor, factor: Any = None) -> Tensor:
     """Scores materialised: [B, H, N, D]. `factor`: of the scores, D**-0.5 on q when None."""
     scores = q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1) if factor is None else q @ k.transpose(-2, -1) * factor
     return scores.softmax(-1).to(v.dtype) @ v
+
+
+def soft_nms_1d(segments: Tensor, scores: Tensor, sigma: float, min_score: float, limit: int) -> tuple[Tensor, Tensor]:
+    """Gaussian soft-NMS, candidate by candidate: segments [K, 2] and decayed scores [K]."""
+    places, values = segments.tolist(), scores.tolist()
+    left = [i for i, value in enumerate(values) if value >= min_score]
+    kept = []
+    while left and len(kept) < limit:
+        best = max(left, key=lambda i: values[i])
+        kept.append(best)
+        (a, b), rest = places[best], []
+        for i in left:
+            if i == best:
+                continue
+            c, d = places[i]
+            common = max(0.0, min(b, d) - max(a, c))
+            overlap = common / (b - a + 1e-6 + d - c + 1e-6 - common)
+            values[i] *= math.exp(-overlap * overlap / sigma)
+            if values[i] >= min_score:
+                rest.append(i)
+        left = rest
+    return segments[kept], scores.new_tensor([values[i] for i in kept])

@@ -169,3 +169,22 @@ def masks(
     seen = torch.zeros(batch, t * h * w, dtype=torch.bool, device=device).scatter_(1, visible_index, True)
     slot = seen.gather(1, decode_index).to(torch.int8).argsort(dim=1, stable=True)[:, :counted]
     return visible_index.int(), decode_index.int(), decode_index.gather(1, slot).int(), slot.int()
+
+
+def soft_nms_1d(segments: Tensor, scores: Tensor, sigma: float, min_score: float, limit: int) -> tuple[Tensor, Tensor]:
+    """Gaussian soft-NMS, all candidates at a time: segments [K, 2] and decayed scores [K]; what is dropped becomes zero."""
+    values, kept, index = scores.clone(), [], []
+    length = segments[:, 1] - segments[:, 0] + 1e-6
+    for _ in range(min(limit, len(scores))):
+        score, best = values.max(0)
+        kept.append(score)
+        index.append(best)
+        start, end = segments[best].unbind()
+        common = (torch.minimum(end, segments[:, 1]) - torch.maximum(start, segments[:, 0])).clamp(min=0)
+        overlap = common / (length + length[best] - common)
+        values = values * torch.exp(-overlap * overlap / sigma)
+        values[best] = 0
+        values = torch.where(values >= min_score, values, 0.0)
+    found = torch.stack(kept)
+    alive = found > 0
+    return segments[torch.stack(index)][alive], found[alive]

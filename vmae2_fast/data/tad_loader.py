@@ -170,6 +170,7 @@ class TadSource:
                 f"{data.features}: no features of {missing[0]}" + (f" and {len(missing) - 1} more" if missing[1:] else "")
                 + f" of subset {data.subset!r}; take them with `vmae2 tad features`, or put what you lack on data.block_list"
             )
+        read_features(self.path(self.videos[0]), self.channels)  # features of another model are found out before a run begins
         untimed = [v.name for v in self.videos if v.fps is None and data.fps is None]
         if untimed:
             raise TadError(f"{data.annotations}: {untimed[0]} has no fps; set data.fps")
