@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.support import NO_EDITABLE
 from vmae2_fast import backend
-from vmae2_fast.ops import _native, gather_patches
+from vmae2_fast.ops import _native, decoder_tokens, gather_patches, reconstruction_loss, roi_align_max, scatter_patches
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parents[1]
@@ -37,6 +37,58 @@ def toy() -> Iterator[str]:
     )
     yield "toy"
     del backend._OPS["toy"]
+
+
+@pytest.fixture
+def ran(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """(op, backend) of every run, in order."""
+    names: list[tuple[str, str]] = []
+    run = backend.run
+
+    def recorded(op: str, name: str, *args: object) -> object:
+        names.append((op, name))
+        return run(op, name, *args)
+
+    monkeypatch.setattr(backend, "run", recorded)
+    return names
+
+
+def _compiled_steps() -> dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], torch.Tensor]]:
+    index = torch.tensor([[0, 3]], dtype=torch.int32)
+    clip = torch.rand(1, 3, 4, 8, 8)
+    boxes = torch.tensor([[0.0, 1.0, 1.0, 6.0, 6.0]])
+
+    def patches(x: torch.Tensor) -> torch.Tensor:
+        rows = gather_patches(x, index, patch=4, order="pixel")
+        return reconstruction_loss(rows, clip, index, patch=4) + scatter_patches(rows, index, grid=(2, 2, 2), patch=4).sum()
+
+    def decoder(x: torch.Tensor) -> torch.Tensor:
+        return decoder_tokens(x, x[:, :1], torch.ones(8, 8), index, index + 1).sum()
+
+    def boxed(x: torch.Tensor) -> torch.Tensor:
+        return roi_align_max(x, boxes, size=2, scale=1.0).sum()
+
+    return {"patches": (patches, clip), "decoder": (decoder, torch.rand(1, 2, 8)), "boxes": (boxed, torch.rand(1, 8, 8, 4))}
+
+
+@pytest.mark.parametrize("name", _compiled_steps())
+def test_compiled_backward_runs_what_its_forward_ran(ran: list[tuple[str, str]], name: str) -> None:
+    """Also under a request made after the first call, which ends before the backward."""
+    function, value = _compiled_steps()[name]
+    torch._dynamo.reset()
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+    runs = []
+    for request in ("", "reference", ""):
+        ran.clear()
+        with backend.use_backend(request):
+            expected = {op: backend.pick(op.removesuffix("_backward"), CPU) for op in backend.ops()}
+            out = compiled(value.clone().requires_grad_())
+        forward = len(ran)
+        out.backward()
+        assert 0 < forward < len(ran)
+        assert all(expected[op] == used for op, used in ran), ran
+        runs.append(list(ran))
+    assert runs[0] == runs[2]
 
 
 def test_default_is_the_first_that_runs(toy: str) -> None:

@@ -111,6 +111,7 @@ def _validated(request: _Request) -> _Request:
 
 
 _current: _Request | None = None  # set by use_backend; None: read the environment
+_text: str | None = None  # what `_current` was parsed from: dynamo guards on a string, not on an object
 
 
 @functools.lru_cache(maxsize=8)
@@ -125,12 +126,13 @@ def _request() -> _Request:
 @contextlib.contextmanager
 def use_backend(request: str) -> Iterator[None]:
     """Run the body with `request` (the syntax of VMAE2_BACKEND) in force, in all threads of the process."""
-    global _current
-    before, _current = _current, _validated(_parse(request))
+    global _current, _text
+    before, before_text = _current, _text
+    _current, _text = _validated(_parse(request)), request
     try:
         yield
     finally:
-        _current = before
+        _current, _text = before, before_text
 
 
 def refusals(op: str, device: torch.device | str) -> dict[str, str | None]:
@@ -167,6 +169,26 @@ def pick(op: str, device: torch.device, *details: Any) -> str:
         f"{op}: none of the requested backends ({', '.join(wanted) or 'default'}) can run on {device.type}: {reasons}. "
         f"Available: {', '.join(available(op, device, *details))}"
     )
+
+
+def _pick_for_graph(request: str | None, op: str, device: torch.device, *details: Any) -> str:
+    return pick(op, device, *details)
+
+
+# What torch.compiler.assume_constant_result does, without its import of dynamo: the choice is a constant of the graph.
+_pick_for_graph._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def argument(op: str, device: torch.device, *details: Any) -> str:
+    """The backend argument of an op called from Python: "", to ask `pick` when it runs, or under torch.compile the name.
+
+    A compiled backward has its backend fixed when it is traced, so its forward must have the same one: part of the graph
+    (and of the key of compile caches), traced anew under another request. An exported graph goes to other machines and asks
+    when it runs.
+    """
+    if torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting():
+        return _pick_for_graph(_text, op, device, *details)
+    return ""
 
 
 def run(op: str, name: str, *args: Any) -> Any:

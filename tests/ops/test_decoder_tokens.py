@@ -141,8 +141,8 @@ def test_saves_nothing():
 @pytest.mark.parametrize("name", BACKENDS)
 def test_opcheck(name):
     with backend.use_backend(name):
-        opcheck(torch.ops.vmae2.decoder_tokens.default, _case(2, 3, 4, 9, 8))
-        opcheck(torch.ops.vmae2.decoder_tokens.default, _case(2, 3, 4, 9, 8, torch.bfloat16))
+        opcheck(torch.ops.vmae2.decoder_tokens.default, (*_case(2, 3, 4, 9, 8), ""))
+        opcheck(torch.ops.vmae2.decoder_tokens.default, (*_case(2, 3, 4, 9, 8, torch.bfloat16), ""))
         opcheck(torch.ops.vmae2.decoder_tokens_backward.default, (torch.randn(2, 7, 8, requires_grad=True), 3, name))
 
 

@@ -67,7 +67,7 @@ def test_gather_and_scatter(launched: list[object], form: str, order: str) -> No
 def test_reconstruction_loss(launched: list[object], form: str) -> None:
     shape, dtype = FORMATS[form]
     pred, clip, statistics = cuda(2, 8, WIDTH), cuda(*shape, dtype=dtype), ([0.5] * 3, [0.25] * 3)
-    loss, _, kept = reconstruction._body(pred, clip, ids(8), PATCH, TUBELET, True, *statistics)
+    loss, _, kept = reconstruction._body(pred, clip, ids(8), PATCH, TUBELET, True, *statistics, "")
     forward = len(launched)
     name = backend.pick("reconstruction_loss")
     grad = reconstruction._backward_body(loss, pred, clip, ids(8), kept, PATCH, TUBELET, *statistics, name)
@@ -77,7 +77,7 @@ def test_reconstruction_loss(launched: list[object], form: str) -> None:
 
 @pytest.mark.parametrize("launched", ["triton"], indirect=True)
 def test_decoder_tokens(launched: list[object]) -> None:
-    out = decoder_tokens_body(cuda(2, 8, 16), cuda(1, 1, 16), cuda(64, 16), ids(8), ids(24))
+    out = decoder_tokens_body(cuda(2, 8, 16), cuda(1, 1, 16), cuda(64, 16), ids(8), ids(24), "")
     total = backend.run("decoder_tokens_backward", backend.pick("decoder_tokens_backward"), out, 8)
     assert len(launched) == 3
     assert total.shape == (1, 1, 16)

@@ -2,7 +2,7 @@
 
 Each op is a `torch.library` definition whose body is opaque to tracing (`CompositeExplicitAutograd`). Ops that can run
 in a backward pass take the backend's name as their last argument: "" asks `backend.pick` inside the body, a backward
-passes the name its forward resolved.
+passes the name its forward resolved. What a public function passes is `backend.argument`.
 """
 
 from __future__ import annotations

@@ -43,21 +43,28 @@ register_backends("decoder_tokens", _reference, triton=kernel("_decoder_tokens_t
 register_backends("decoder_tokens_backward", _column_sum_reference, triton=kernel("_decoder_tokens_triton", "column_sum"))
 
 
-def _body(visible: Tensor, mask_token: Tensor, position_table: Tensor, *index: Tensor) -> Tensor:
-    name = backend.pick("decoder_tokens", visible.device, visible.dtype, mask_token.dtype, position_table.dtype)
+def _details(visible: Tensor, mask_token: Tensor, position_table: Tensor) -> tuple[Any, ...]:
+    return visible.device, visible.dtype, mask_token.dtype, position_table.dtype
+
+
+def _body(visible: Tensor, mask_token: Tensor, position_table: Tensor, *arguments: Any) -> Tensor:
+    *index, name = arguments
+    name = name or backend.pick("decoder_tokens", *_details(visible, mask_token, position_table))
     return backend.run("decoder_tokens", name, visible, mask_token, position_table, *index)
 
 
-def _fake(visible: Tensor, mask_token: Tensor, position_table: Tensor, visible_index: Tensor, decode_index: Tensor) -> Tensor:
+def _fake(
+    visible: Tensor, mask_token: Tensor, position_table: Tensor, visible_index: Tensor, decode_index: Tensor, _: str
+) -> Tensor:
     b, v, d = visible.shape
     return visible.new_empty((b, v + decode_index.shape[1], d), dtype=_output_dtype(visible, mask_token))
 
 
-def _save(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-    visible, mask_token, table = inputs[:3]
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    visible, mask_token, table, _, _, name = inputs
     ctx.visible_tokens, ctx.visible_dtype = visible.shape[1], visible.dtype
     ctx.mask_token_dtype = mask_token.dtype
-    ctx.backend = backend.pick("decoder_tokens", visible.device, visible.dtype, mask_token.dtype, table.dtype)
+    ctx.backend = name or backend.pick("decoder_tokens", *_details(visible, mask_token, table))
 
 
 def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -66,7 +73,7 @@ def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         dvisible = grad[:, : ctx.visible_tokens].to(ctx.visible_dtype)
     if ctx.needs_input_grad[1]:
         dmask = _column_sum(grad, ctx.visible_tokens, ctx.backend).to(ctx.mask_token_dtype)
-    return dvisible, dmask, None, None, None
+    return dvisible, dmask, None, None, None, None
 
 
 def _column_sum_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -80,8 +87,8 @@ def _column_sum_autograd(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...
 
 
 _decoder_tokens = define(
-    "decoder_tokens(Tensor visible, Tensor mask_token, Tensor position_table, Tensor visible_index, Tensor decode_index) "
-    "-> Tensor",
+    "decoder_tokens(Tensor visible, Tensor mask_token, Tensor position_table, Tensor visible_index, Tensor decode_index, "
+    "str backend) -> Tensor",
     _body,
     _fake,
     backward=_autograd,
@@ -129,5 +136,6 @@ def decoder_tokens(
     visible_index = check_index(visible_index, b, visible.device, "decoder_tokens", "visible_index")
     decode_index = check_index(decode_index, b, visible.device, "decoder_tokens", "decode_index")
     check(visible_index.shape[1] == v, f"decoder_tokens: {v} visible tokens but {visible_index.shape[1]} indices")
-    out: Tensor = _decoder_tokens(visible, mask_token, position_table, visible_index, decode_index)
+    backend_name = backend.argument("decoder_tokens", *_details(visible, mask_token, position_table))
+    out: Tensor = _decoder_tokens(visible, mask_token, position_table, visible_index, decode_index, backend_name)
     return out

@@ -322,7 +322,8 @@ def gather_patches(
     if clip.dtype == torch.uint8:
         mean, std = channel_statistics(channels, mean, std, "gather_patches")
         scale, shift = [1 / (255 * s) for s in std], [-m / s for m, s in zip(mean, std, strict=True)]
-    return _gather(clip, index, patch, tubelet, scale, shift, dtype, order, "")
+    name = backend.argument("gather_patches", clip.device, clip.dtype, dtype)
+    return _gather(clip, index, patch, tubelet, scale, shift, dtype, order, name)
 
 
 def scatter_patches(
@@ -358,4 +359,5 @@ def scatter_patches(
     check(order in ORDERS, f"scatter_patches: order must be one of {', '.join(ORDERS)}, got {order!r}")
     index = check_index(index, rows.shape[0], rows.device, "scatter_patches")
     check(index.shape[1] == rows.shape[1], f"scatter_patches: {rows.shape[1]} rows but {index.shape[1]} indices")
-    return _scatter(rows, index, list(grid), patch, tubelet, channels, order, "")
+    name = backend.argument("scatter_patches", rows.device, rows.dtype)
+    return _scatter(rows, index, list(grid), patch, tubelet, channels, order, name)

@@ -203,8 +203,9 @@ register_backends(
 
 
 def _body(pred: Tensor, clip: Tensor, loss_index: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    name = backend.pick("reconstruction_loss", pred.device, pred.dtype, clip.dtype)
-    return backend.run("reconstruction_loss", name, pred, clip, loss_index.contiguous(), *arguments)
+    *given, name = arguments
+    name = name or backend.pick("reconstruction_loss", pred.device, pred.dtype, clip.dtype)
+    return backend.run("reconstruction_loss", name, pred, clip, loss_index.contiguous(), *given)
 
 
 def _fake(pred: Tensor, clip: Tensor, loss_index: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -214,18 +215,18 @@ def _fake(pred: Tensor, clip: Tensor, loss_index: Tensor, *_: Any) -> tuple[Tens
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    pred, clip, loss_index, patch, tubelet, _, mean, std = inputs
+    pred, clip, loss_index, patch, tubelet, _, mean, std, name = inputs
     ctx.mark_non_differentiable(output[1], output[2])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(pred, clip, loss_index, output[2])
     ctx.arguments = patch, tubelet, mean, std
-    ctx.backend = backend.pick("reconstruction_loss", pred.device, pred.dtype, clip.dtype)
+    ctx.backend = name or backend.pick("reconstruction_loss", pred.device, pred.dtype, clip.dtype)
 
 
 def _autograd(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Any, ...]:
     if upstream is None:
-        return (None,) * 8
-    return _loss_backward(upstream, *ctx.saved_tensors, *ctx.arguments, ctx.backend), *(None,) * 7
+        return (None,) * 9
+    return _loss_backward(upstream, *ctx.saved_tensors, *ctx.arguments, ctx.backend), *(None,) * 8
 
 
 def _backward_body(upstream: Tensor, pred: Tensor, clip: Tensor, loss_index: Tensor, *arguments: Any) -> Tensor:
@@ -235,7 +236,7 @@ def _backward_body(upstream: Tensor, pred: Tensor, clip: Tensor, loss_index: Ten
 
 _loss = define(
     "reconstruction_loss(Tensor pred, Tensor clip, Tensor loss_index, int patch, int tubelet, bool normalize,"
-    " float[] mean, float[] std) -> (Tensor, Tensor, Tensor)",
+    " float[] mean, float[] std, str backend) -> (Tensor, Tensor, Tensor)",
     _body,
     _fake,
     backward=_autograd,
@@ -301,7 +302,8 @@ def reconstruction_loss(
         f"least 1; got {decoded}",
     )
     statistics = _statistics(clip, mean, std, channels, "reconstruction_loss")
-    loss_sum, count, _ = _loss(pred, clip, loss_index, patch, tubelet, normalize, *statistics)
+    name = backend.argument("reconstruction_loss", pred.device, pred.dtype, clip.dtype)
+    loss_sum, count, _ = _loss(pred, clip, loss_index, patch, tubelet, normalize, *statistics, name)
     if denominator == "paper":
         assert decoded is not None
         count = torch.full_like(count, pred.shape[0] * decoded)

@@ -247,4 +247,5 @@ def roi_align_max(
     if type(boxes) is Tensor and boxes.device.type == "cpu" and not torch.compiler.is_compiling():
         bad = (~boxes.isfinite()).any(1).nonzero()
         check(not len(bad), f"roi_align_max: box {int(bad[0]) if len(bad) else 0} holds a value that is not finite")
-    return _forward(features, boxes.detach(), size, scale, sampling, aligned, "")[0]
+    name = backend.argument("roi_align_max", features.device, features.dtype)
+    return _forward(features, boxes.detach(), size, scale, sampling, aligned, name)[0]
