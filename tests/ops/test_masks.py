@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from tests.ops.numpy_masks import numpy_dual_mask, philox
 from tests.support import backends, cases, compiles, opcheck
 from vmae2_fast import backend
 from vmae2_fast.ops.masks import (
@@ -40,25 +41,14 @@ def test_philox_known_answers() -> None:
     words = philox_words(torch.tensor([0]), torch.tensor([0]), seed=0, purpose=0, count=4)
     assert [f"{w:08x}" for w in words[0].tolist()] == ["6627e8d5", "e169c58d", "bc57ac4c", "9b00dbd8"]
     # The vector of counter 243f6a88 85a308d3 13198a2e 03707344 lies in lane 0x03707344, which no small count reaches: it
-    # proves the plain Python version, and that proves the first lanes of the same stream.
+    # proves the numpy version, and that proves the first lanes of the same stream.
     position, view, seed = 0x85A308D3_243F6A88 - (1 << 64), 0x13198A2E, 0x299F31D0_A4093822
+    key = 0xA4093822, 0x299F31D0
     got = philox_words(torch.tensor([position]), torch.tensor([view]), seed=seed, purpose=0, count=8)[0].tolist()
-    assert got == [
-        w for lane in range(2) for w in plain_philox((0x243F6A88, 0x85A308D3, 0x13198A2E, lane), (0xA4093822, 0x299F31D0))
-    ]
-    assert plain_philox((0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344), (0xA4093822, 0x299F31D0)) == [
+    assert got == philox((0x243F6A88, 0x85A308D3, 0x13198A2E, np.arange(2)), key).ravel().tolist()
+    assert philox((0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344), key).tolist() == [
         0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1,
     ]  # fmt: skip
-
-
-def plain_philox(counter: tuple[int, ...], key: tuple[int, int]) -> list[int]:
-    """Philox 4x32-10 in Python integers."""
-    c, (k0, k1), mask = list(counter), key, 0xFFFFFFFF
-    for _ in range(10):
-        p0, p1 = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
-        c = [(p1 >> 32) ^ c[1] ^ k0, p1 & mask, (p0 >> 32) ^ c[3] ^ k1, p0 & mask]
-        k0, k1 = (k0 + 0x9E3779B9) & mask, (k1 + 0xBB67AE85) & mask
-    return c
 
 
 @pytest.mark.parametrize("decoder", DECODER_KINDS)
@@ -104,6 +94,23 @@ def test_every_backend_has_the_reference_bits(name: str, grid: tuple[int, int, i
             with backend.use_backend(which):
                 results.append(dual_mask(position, view, grid=grid, seed=seed, decoder=decoder, encoder_ratio=0.75))
         assert_equal(*results)
+
+
+@pytest.mark.parametrize(
+    ("decoder", "ratio"),
+    [("running_cell", 0.25), ("running_cell", 0.5), ("running_cell", 0.75), ("none", 0.5), ("frame", 0.5), ("random", 0.6),
+     ("tube", 0.3)],
+)  # fmt: skip
+@pytest.mark.parametrize(("name", "grid"), cases("dual_mask", GRIDS, [(5, 6, 2), (8, 14, 14), (8, 16, 16)]), ids=str)
+def test_every_backend_has_the_bits_of_numpy(name: str, grid: tuple[int, int, int], decoder: str, ratio: float) -> None:
+    """Against an implementation that shares no line with the package."""
+    position, view, seed = torch.tensor([2**62 + 2**32 + 3, 5]), torch.tensor([2**31, 1]), 2**63 - 2**33 - 7
+    with backend.use_backend(name):
+        got = dual_mask(position, view, grid=grid, seed=seed, encoder_ratio=0.9, decoder=decoder, decoder_ratio=ratio)
+    for row in range(2):
+        expected = numpy_dual_mask(int(position[row]), int(view[row]), grid, seed, 0.9, decoder, ratio)
+        for field, lists, values in zip(DualMask._fields, got, expected, strict=True):
+            assert lists[row].tolist() == values.tolist(), field
 
 
 @pytest.mark.skipif("triton" not in backends("dual_mask"), reason="no Triton")

@@ -119,6 +119,9 @@ def decoder_tokens(
         [B, V + Nd, D] in the wider dtype of visible and mask_token (fp32 with bf16 tokens and an fp32 parameter).
 
     Raises ValueError on shapes, dtypes or devices that do not fit, IndexError (on CPU) for ids outside the table.
+
+    Floor: visible tokens and index read, output written once, one FLOP a value; backward one read of the hidden rows, one
+    FLOP a value of them. Bound by memory.
     """
     check(
         visible.ndim == 3 and visible.is_floating_point(),

@@ -313,6 +313,9 @@ def gather_patches(
 
     Raises ValueError for a clip that is no whole number of patches, IndexError (on CPU) for ids outside the grid. On CUDA
     nothing waits to look at ids: the native kernel gives such a row NaN. It takes at most 16 channels.
+
+    Floor: n = C*tubelet*patch*patch bytes read and n times the row's item size written a token, plus 4 B of index (4.9 MB
+    for 4 uint8 clips of ViT-B in float32); 2n FLOPs a token. Bound by memory.
     """
     channels = check_clip(clip, patch, tubelet, "gather_patches")[3]
     index = check_index(index, clip.shape[0], clip.device, "gather_patches")
@@ -343,6 +346,8 @@ def scatter_patches(
     reference only. Raises ValueError for mismatched shapes, IndexError (on CPU) for ids outside
     the grid. The native CUDA kernel, which cannot look at ids without waiting, leaves out rows of ids outside the grid and
     lets the last row of a token win; it takes at most 16 channels.
+
+    Floor: the rows read and the whole clip written once; no FLOPs.
     """
     check_tensor(rows, "scatter_patches", "rows")
     check(

@@ -275,6 +275,10 @@ def reconstruction_loss(
     Returns the float32 scalar, or with reduction="sum" the pair (sum of the token losses, that denominator as int64
     scalar). Raises ValueError for mismatched shapes, IndexError (on CPU) for ids outside the grid. On CUDA nothing waits to
     look at ids: with the native kernel, which takes at most 16 channels, such a token's loss and gradient are NaN.
+
+    Floor: clip and predictions read once, the gradient written: 9 B a value in float32 for a uint8 clip (ViT-B, 4 clips:
+    38.9 MB), 5 B in bfloat16. Ours moves 14 and 8, since it reads clip and predictions once each way: the gradient is not
+    known before the upstream one is.
     """
     channels = check_clip(clip, patch, tubelet, "reconstruction_loss")[3]
     width = channels * tubelet * patch * patch
