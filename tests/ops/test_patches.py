@@ -88,6 +88,38 @@ def test_gather_uint8_normalises(name: str, geometry: tuple, order: str) -> None
             assert torch.equal(rows, gather_patches(clip, index, **arguments))
 
 
+# (clip shape, patch, tubelet, ids): few tokens, for the interpreter, of clips as the published models take them. Patches of
+# 14 begin at all distances from a 16-byte boundary; 210 pixels make lines that start on any byte.
+PRODUCTION = [
+    ((1, 16, 224, 224, 3), 14, 2, [0, 5, 15, 255, 256, 2047, -1]),
+    ((1, 4, 224, 224, 3), 16, 2, [0, 13, 195, 391, -1]),
+    ((1, 4, 224, 224, 3), 16, 4, [0, 195]),
+    ((1, 2, 224, 210, 3), 14, 2, [0, 3, 239]),
+    ((1, 2, 32, 32, 16), 16, 1, [0, 7]),
+]
+
+
+@pytest.mark.parametrize("order", ["conv", "pixel"])
+@pytest.mark.parametrize(("shape", "patch", "tubelet", "ids"), PRODUCTION, ids=str)
+@pytest.mark.parametrize("name", BACKENDS)
+def test_gather_of_published_clips(
+    name: str, shape: tuple[int, ...], patch: int, tubelet: int, ids: list[int], order: str
+) -> None:
+    """The values of the float64 formula, and the bits of the reference, in float32 and float16."""
+    channels, index = shape[4], torch.tensor([ids], dtype=torch.int32)
+    clip, given = torch.randint(0, 256, shape, dtype=torch.uint8), statistics(channels)
+    mean, std = (torch.tensor(given.get(k, v)).double() for k, v in (("mean", IMAGENET_MEAN), ("std", IMAGENET_STD)))
+    truth = loop(((clip.double() / 255 - mean) / std).permute(0, 4, 1, 2, 3), index, patch, tubelet, order)
+    naive = loop(((clip.float() / 255 - mean.float()) / std.float()).permute(0, 4, 1, 2, 3), index, patch, tubelet, order)
+    for dtype in (torch.float32, torch.float16):
+        arguments = {"patch": patch, "tubelet": tubelet, "dtype": dtype, "order": order, **given}
+        with backend.use_backend(name):
+            rows = gather_patches(clip, index, **arguments)
+        assert_within_budget(rows, naive.to(dtype), truth)
+        with backend.use_backend("reference"):
+            assert torch.equal(rows, gather_patches(clip, index, **arguments))
+
+
 def test_every_byte_rounds_as_torch_rounds() -> None:
     """All 256 values through all float dtypes, and the special values of float16 and bfloat16 through the copies."""
     clip = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16, 1)

@@ -103,6 +103,26 @@ def check_loss_and_gradient(
     assert not grad[index < 0].any()
 
 
+@pytest.mark.parametrize("normalize", [True, False], ids=["normalised", "raw"])
+@pytest.mark.parametrize(
+    ("frames", "patch", "tubelet", "ids"),
+    [
+        (16, 14, 2, [0, 5, 15, 255, 256, 2047, -1]),  # begin at all distances from a 16-byte boundary
+        (4, 16, 2, [0, 13, 195, 391, -1]),
+        (4, 16, 4, [0, 195]),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("name", BACKENDS)
+def test_published_clips(name: str, frames: int, patch: int, tubelet: int, ids: list[int], normalize: bool) -> None:
+    """A few tokens, for the interpreter, of clips as the published models take them."""
+    clip = torch.randint(0, 256, (1, frames, 224, 224, 3), dtype=torch.uint8)
+    options = {"patch": patch, "tubelet": tubelet}
+    for dtype in (torch.float32, torch.float16):
+        pred = torch.randn(1, len(ids), 3 * tubelet * patch * patch).to(dtype)
+        check_loss_and_gradient(name, pred, clip, torch.tensor([ids], dtype=torch.int32), options, normalize)
+
+
 @pytest.mark.skipif("triton" not in BACKENDS, reason="no Triton")
 @pytest.mark.parametrize("clip_dtype", [torch.uint8, torch.float32], ids=str)
 def test_triton_takes_a_large_patch_in_tiles(clip_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
