@@ -125,7 +125,7 @@ def test_memory_of_a_variant_that_cannot_run_says_why() -> None:
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    (["bench"], "Expected one of {ops, step}"),
+    (["bench"], "Expected one of {ops, step, memory}"),
     (["bench", "ops", "--only", "gater_vit_b"], "unknown key 'gater_vit_b'; did you mean gather_vit_b"),
     (["bench", "ops", "--rounds", "0"], "rounds must be at least 1, got 0"),
     (["bench", "ops", "--threads", "-1"], "threads must be at least 1, or 0 for all cores, got -1"),

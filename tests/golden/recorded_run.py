@@ -78,6 +78,7 @@ class RecordedClips:
         self.video, self.clips, self.rank, self.world = video, clips, rank, world
         self.num_clips = len(video)
         self.position = self.steps = 0
+        self.wait_s = self.decode_s = 0.0
 
     def __enter__(self) -> RecordedClips:
         return self
