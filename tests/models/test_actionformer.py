@@ -111,6 +111,9 @@ def released(model: ActionFormer) -> dict[str, torch.Tensor]:
     for key, value in model.state_dict().items():
         if key == "normalizer":
             continue
+        if key == "distance_scale":
+            out |= {f"reg_head.scale.{level}.scale": scale for level, scale in enumerate(value)}
+            continue
         name, wide = key, value.dim() == 1 and ("norm" in key or "neck" in key or "gamma" in key)
         for pattern, replacement in (
             (r"^embed\.(\d+)\.conv\.", r"backbone.embd.\1."), (r"^embed\.(\d+)\.norm", r"backbone.embd_norm.\1"),
@@ -123,7 +126,6 @@ def released(model: ActionFormer) -> dict[str, torch.Tensor]:
             (r"^class_head\.layers\.(\d+)\.norm", r"cls_head.norm.\1"),
             (r"^distance_head\.layers\.(\d+)\.conv", r"reg_head.head.\1"),
             (r"^distance_head\.layers\.(\d+)\.norm", r"reg_head.norm.\1"),
-            (r"^distance_scale\.(\d+)$", r"reg_head.scale.\1.scale"),
         ):  # fmt: skip
             name = re.sub(pattern, replacement, name)
         matrix = value.dim() == 2

@@ -193,7 +193,8 @@ class ActionFormer(nn.Module):
         self.neck = nn.ModuleList(nn.LayerNorm(width) for _ in windows)
         self.class_head = Head(width, width, config.classes, config.head_layers, 3)
         self.distance_head = Head(width, width, 2, config.head_layers, 3)
-        self.distance_scale = nn.ParameterList(nn.Parameter(torch.ones(())) for _ in windows)
+        # One tensor for all levels: parameters that are scalars cannot be split over ranks.
+        self.distance_scale = nn.Parameter(torch.ones(len(windows)))
         for layer in (self.class_head.last, *(m for m in self.modules() if isinstance(m, nn.Linear))):
             bias = layer.conv.bias if isinstance(layer, MaskedConv) else layer.bias
             # every point starts as background with this probability, or the first losses would be all negatives
@@ -236,7 +237,7 @@ class ActionFormer(nn.Module):
         for block in self.branch:
             levels.append(block(*levels[-1]))
         out = []
-        for (x, inside), norm, scale, stride in zip(levels, self.neck, self.distance_scale, self.strides):
+        for (x, inside), norm, scale, stride in zip(levels, self.neck, self.distance_scale.unbind(), self.strides):
             x = norm(x)
             distances = F.relu(scale * self.distance_head(x, inside))
             out.append(Level(self.class_head(x, inside), distances, inside, stride))

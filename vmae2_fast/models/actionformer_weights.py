@@ -53,6 +53,9 @@ def from_released(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         elif value.dim() == 3 and value.shape[2] == 1 and ".conv." not in key:
             value = value.squeeze(2)
         out[key] = value
+    scales = {int(key.rpartition(".")[2]): key for key in out if key.startswith("distance_scale.")}
+    if scales:  # a scalar for each level there, one tensor of all levels here
+        out["distance_scale"] = torch.stack([out.pop(scales[level]) for level in sorted(scales)])
     return out
 
 
