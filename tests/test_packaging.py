@@ -132,7 +132,7 @@ def test_metadata_pins_nothing(built: tuple[Path, set[str], set[str]]) -> None:
     requirements = [Requirement(line.partition(":")[2]) for line in text.splitlines() if line.startswith("Requires-Dist:")]
     assert all(s.operator == ">=" for r in requirements for s in r.specifier)
     plain = {r.name: r for r in requirements if "extra" not in str(r.marker)}
-    assert set(plain) == {"torch", "triton", "numpy", "safetensors", "av", "tyro", "tqdm", "tomli"}
+    assert set(plain) == {"torch", "triton", "numpy", "safetensors", "av", "pebble", "tyro", "tqdm", "tomli"}
     assert plain["torch"].specifier.contains(metadata.version("torch"), prereleases=True)
     assert "sys_platform == 'linux'" in str(plain["triton"].marker).replace('"', "'")
     assert "vmae2 = vmae2_fast.cli:main" in scripts

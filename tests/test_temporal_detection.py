@@ -218,8 +218,11 @@ def test_bad_input_is_one_line(trunk, tmp_path, capsys):
 
 
 def test_help_names_the_commands_and_shows_examples(capsys):
-    cli.main(["tad"])
+    cli.main([])
     assert "tad features" in capsys.readouterr().out
+    cli.main(["tad"])
+    assert "usage: vmae2 tad COMMAND" in (listed := capsys.readouterr().out)
+    assert all(f"  {name} " in listed for name in ("features", "scores", "detect", "draw"))
     for command in (("tad", "features"), ("tad", "scores"), ("tad", "detect"), ("tad", "draw"), ("score", "tad")):
         with pytest.raises(SystemExit):
             cli.main([*command, "--help"])

@@ -434,7 +434,7 @@ def _dispatch(arguments: list[str]) -> Any:
     if name in GROUPS and (name not in COMMANDS or (arguments[1:2] and arguments[1] in GROUPS[name])):
         _, *arguments = arguments
         if not arguments or arguments[0] in ("-h", "--help"):
-            print(usage(f"vmae2 {name} COMMAND [--help] [--json] ...", f"`vmae2 {name}` of detections.", GROUPS[name]))
+            print(usage(f"vmae2 {name} COMMAND [--help] [--json] ...", f"The steps of {name}.", GROUPS[name]))
             return {}
         known, name = {f"{name} {what}": command for what, command in GROUPS[name].items()}, f"{name} {arguments[0]}"
     if name not in known:

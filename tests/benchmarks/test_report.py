@@ -22,7 +22,8 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("bench") / "ops.json"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "benchmarks/test_ops.py", "-k",
                "vit_b and (encoder_attention or (scatter_patches and backward and not strong))", f"--benchmark-json={path}"]
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    # Without this process's own pytest-xdist, under which pytest-benchmark measures nothing.
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET" and not k.startswith("PYTEST_")}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     return path
