@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from vmae2_fast import cli, cli_data
+from vmae2_fast import cli
+from vmae2_fast.cli.data import COMMANDS as DATA_COMMANDS
 from vmae2_fast.recipes_index import all_recipes
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
@@ -24,7 +25,7 @@ def test_the_python_example_runs() -> None:
 def test_commands_and_recipes_exist() -> None:
     recipes = all_recipes()
     for command, rest in re.findall(r"vmae2 (\w+)([^`\n]*)", README):
-        words = {"data": {"check": None, **cli_data.COMMANDS}, **cli.GROUPS}
+        words = {"data": {"check": None, **DATA_COMMANDS}, **cli.GROUPS}
         if command in words and command not in cli.COMMANDS:
             assert rest.split()[0] in words[command], f"{command}{rest}"
             continue

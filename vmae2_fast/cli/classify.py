@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import tyro
 
-from .config import ClassifyConfig, DataConfig, DistillConfig, ExtractConfig, SourceConfig, Stage, ViewsConfig
+from ..config import ClassifyConfig, DataConfig, DistillConfig, ExtractConfig, SourceConfig, Stage, ViewsConfig
 
 _EXTRACT = ExtractConfig()
 
@@ -73,9 +73,9 @@ def eval(
         shard: I/N, the I-th (from 1) of N shares.
         restart: delete the predictions of an earlier test in --out first.
     """
-    from .evaluation import evaluate
-    from .inference import load_model
-    from .models.kinetics import read_label_map
+    from ..evaluation import evaluate
+    from ..inference import load_model
+    from ..models.kinetics import read_label_map
 
     changes: dict[str, Any] = {key: value for key, value in (("frames", frames), ("size", size)) if value is not None}
     share = parse_shard(shard)
@@ -122,10 +122,10 @@ def score(
         official: also write the predictions as one text file in the official format.
         out: folder for metrics.json and confusion.png; default the predictions' folder, none for text files.
     """
-    from .data.labels import read_labels
-    from .evaluation import score as run
-    from .models.kinetics import read_label_map
-    from .tasks.predictions import PredictionStore, read_official, write_official
+    from ..data.labels import read_labels
+    from ..evaluation import score as run
+    from ..models.kinetics import read_label_map
+    from ..tasks.predictions import PredictionStore, read_official, write_official
 
     if not predictions:
         raise ValueError("score needs a folder of `vmae2 eval`, or text files of predictions")
@@ -174,10 +174,10 @@ def classify(
     import torch
     from tqdm import tqdm
 
-    from .data.labels import read_labels
-    from .inference import classify as run
-    from .inference import load_model
-    from .models.kinetics import read_label_map
+    from ..data.labels import read_labels
+    from ..inference import classify as run
+    from ..inference import load_model
+    from ..models.kinetics import read_label_map
 
     if not videos or min(segments, crops, topk, stride or 1) < 1:
         raise ValueError("classify needs at least one video, and segments, crops, topk and stride of at least 1")
@@ -221,9 +221,9 @@ def extract(
     """
     import torch
 
-    from .extraction import extract as run
-    from .extraction import find_videos
-    from .inference import load_model
+    from ..extraction import extract as run
+    from ..extraction import find_videos
+    from ..inference import load_model
 
     if not videos:
         raise ValueError("extract needs at least one video or folder of videos")
@@ -263,8 +263,8 @@ def export(
         model: official name, where the weights file does not hold it.
         portable: a .pt2 without our ops, which runs where vmae2_fast is not installed.
     """
-    from .export import export_model
-    from .inference import load_model
+    from ..export import export_model
+    from ..inference import load_model
 
     loaded = load_model(weights, model, kind="classify", head_needed=False)
     written = export_model(loaded.model, target, portable=portable, classes=loaded.classes)
@@ -290,8 +290,8 @@ def study(
         seeds: of data and models.
         short: seconds instead of minutes, to see it run; the figures then mean nothing.
     """
-    from .studies import markdown
-    from .studies import study as run
+    from ..studies import markdown
+    from ..studies import study as run
 
     table = run(name, out or f"runs/study_{name}", seeds=seeds, short=short)
     print(markdown(table))
@@ -300,7 +300,7 @@ def study(
 
 def parse_shard(shard: str | None) -> Any:
     """`I/N`, counted from 1, as a share without a barrier; None as None. Raises ValueError for anything else."""
-    from .evaluation import Ranks
+    from ..evaluation import Ranks
 
     if shard is None:
         return None
@@ -327,7 +327,7 @@ def _evaluation_data(
     run: Stage | None, name: str | None, datasets: str | None, folder: str | None, listed: str | None, template: str | None,
     split: str | None,
 ) -> DataConfig:  # fmt: skip
-    from .data.labelled_sets import labelled_set
+    from ..data.labelled_sets import labelled_set
 
     if name is not None and (folder or listed):
         raise ValueError("give either --set or --data and --list, not both")
@@ -347,7 +347,7 @@ def _evaluation_data(
 
 
 def _views(run: Stage | None, name: str | None) -> ViewsConfig:
-    from .data.labelled_sets import labelled_set
+    from ..data.labelled_sets import labelled_set
 
     if name is not None:
         found = labelled_set(name)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import tyro
 
-from .config import require
+from ..config import require
 
 
 def _device() -> str:
@@ -63,8 +63,8 @@ def features(
         precision: bfloat16 is faster on a GPU.
         shard: I/N, the I-th (from 1) of N shares of the videos.
     """
-    from .inference import load_model
-    from .tasks.tad_features import FeatureConfig, extract_features, find_videos
+    from ..inference import load_model
+    from ..tasks.tad_features import FeatureConfig, extract_features, find_videos
 
     require(bool(videos), "tad features needs at least one video or folder of videos")
     share, found = _share(shard), find_videos(videos)
@@ -104,10 +104,10 @@ def scores(
         crops: views in space.
         stride: frames between two sampled frames.
     """
-    from .data.tad import write_json
-    from .inference import load_model
-    from .tasks.tad_features import find_videos
-    from .temporal_detection import score_videos
+    from ..data.tad import write_json
+    from ..inference import load_model
+    from ..tasks.tad_features import find_videos
+    from ..temporal_detection import score_videos
 
     require(bool(videos), "tad scores needs at least one video or folder of videos")
     require(min(segments, crops, stride) >= 1, "tad scores: segments, crops and stride must be at least 1")
@@ -147,8 +147,8 @@ def detect(
     """
     import dataclasses
 
-    from .data.tad import write_detections
-    from .temporal_detection import detect_videos, load_detector
+    from ..data.tad import write_detections
+    from ..temporal_detection import detect_videos, load_detector
 
     target = _target(out, ".json")
     detector = load_detector(run, weights, _device())
@@ -181,8 +181,8 @@ def draw(
         most: videos drawn by default.
         threshold: least score that is shown.
     """
-    from .data.tad import TadError, read_annotations, read_detections
-    from .timeline import draw_timelines
+    from ..data.tad import TadError, read_annotations, read_detections
+    from ..timeline import draw_timelines
 
     target, found = _target(out, ".png", ".svg", ".pdf"), read_detections(detections)
     for name in videos:
@@ -226,7 +226,7 @@ def score(
         duplicates: repeated annotations: drop (ActionFormer, OpenTAD) or keep (ActivityNet).
         block_list: videos left out, as 0000270 and 0001292 of THUMOS14 in OpenTAD.
     """
-    from .temporal_detection import score_files
+    from ..temporal_detection import score_files
 
     found = score_files(
         annotations, detections, subset=subset, benchmark=benchmark, deduplicate=duplicates == "drop", block_list=block_list

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import tyro
 
-from .config import load
+from ..config import load
 
 
 def detect_ava(
@@ -24,10 +24,10 @@ def detect_ava(
         out: result file, rows video,second,x1,y1,x2,y2,action,score.
         weights: default those of the best validation, else the last ones.
     """
-    from .config import AvaConfig
-    from .data.ava import write_results
-    from .models import load_weights
-    from .tasks import AvaTask
+    from ..config import AvaConfig
+    from ..data.ava import write_results
+    from ..models import load_weights
+    from ..tasks import AvaTask
 
     folder, target = Path(run), Path(out)
     config = load(folder / "config.json")
@@ -67,7 +67,7 @@ def score_ava(
         exclusions: key frames that count for nothing, rows video,second.
         style: the public evaluator to compute it as.
     """
-    from .tasks.metrics.ava import score_files
+    from ..tasks.metrics.ava import score_files
 
     found = score_files(annotations, results, labels=labels, exclusions=exclusions, style=style)
     for name, value in found["per_class"].items():
@@ -103,8 +103,8 @@ def draw_ava(
         most: actions shown a box.
         start_second: second of the first frame.
     """
-    from .data.ava import read_label_map, read_results
-    from .draw_actions import draw_actions
+    from ..data.ava import read_label_map, read_results
+    from ..draw_actions import draw_actions
 
     names = read_label_map(labels) if labels is not None else {}
     options: dict[str, Any] = {"name": name, "threshold": threshold, "most": most, "start_second": start_second}

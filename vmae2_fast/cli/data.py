@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from . import cli_files
-from .config import DistillConfig, Progression, Stage, unknown
+from ..config import DistillConfig, Progression, Stage, unknown
+from . import files as file_commands
 
 
 def build(
@@ -35,7 +35,7 @@ def build(
         keep: the list in which a video of a training and a validation list stays (labelled).
         clip_path: file of a raw annotation, of {id}, {start}, {end}, {label} and {split} (labelled).
     """
-    from .data import build as lists
+    from ..data import build as lists
 
     if what == "labelled":
         result = lists.build_labelled(datasets, out, keep=keep, clip_path=clip_path)
@@ -76,8 +76,8 @@ def check(arguments: list[str]) -> dict[str, Any]:
     Example: vmae2 data check pretrain:vit_base_hybrid --data.datasets lists/hybrid/datasets.toml
     Example: vmae2 data check pretrain:vit_base_hybrid --sample 1000
     """
-    from . import recipes_index
-    from .cli import parse
+    from .. import recipes_index
+    from .parsing import parse
 
     if not arguments or arguments[0].startswith("-"):
         print(check.__doc__)
@@ -98,7 +98,7 @@ def check(arguments: list[str]) -> dict[str, Any]:
 
 def _check(run: Stage | Progression, options: CheckOptions) -> tuple[list[dict[str, Any]], int]:
     """One row for each thing looked for, and how much is missing."""
-    from .data.check import check_sources
+    from ..data.check import check_sources
 
     rows: list[dict[str, Any]] = []
     seen: set[Any] = set()
@@ -135,7 +135,7 @@ def _weights(stage: Stage) -> dict[str, str]:
     return {key: path for key, path in named.items() if path and not path.startswith(("stage:", "hf:"))}
 
 
-COMMANDS: dict[str, Callable[..., Any]] = {"build": build, **cli_files.COMMANDS}
+COMMANDS: dict[str, Callable[..., Any]] = {"build": build, **file_commands.COMMANDS}
 
 
 def data(arguments: list[str]) -> Any:
@@ -145,7 +145,7 @@ def data(arguments: list[str]) -> Any:
     Example: vmae2 data check pretrain:vit_base_hybrid
     Example: vmae2 data verify lists/k710/train.csv --root /data/k400
     """
-    from .cli import call, usage
+    from .parsing import call, usage
 
     if arguments and arguments[0] == "check":
         return check(arguments[1:])

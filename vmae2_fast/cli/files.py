@@ -35,7 +35,7 @@ def verify(
         timeout_s: seconds a file may take.
         report: JSON file of the result, by reason.
     """
-    from .data import files
+    from ..data import files
 
     _positive(workers, timeout_s)
     listed = files.open_list(list, root=root, template=template)
@@ -75,8 +75,8 @@ def transcode(
         timeout_s: seconds a file may take.
         report: JSON file of the result, by reason.
     """
-    from .data import files
-    from .data import transcode as recode
+    from ..data import files
+    from ..data import transcode as recode
 
     _positive(workers, timeout_s)
     recoding = recode.Recoding(short_side=short_side, gop=gop, codec=codec, crf=crf)

@@ -1,0 +1,155 @@
+"""`vmae2 launch`: a recipe on one process or on all GPUs."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from .. import __version__, backend
+from ..config import Progression
+from .parsing import parse
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LaunchOptions:
+    """What `launch` takes beside the recipe's own arguments and values."""
+
+    start: Annotated[str | None, tyro.conf.arg(name="from")] = None
+    """First stage of a progression to run."""
+    until: str | None = None
+    """Last stage of a progression to run."""
+    weights: Annotated[str | None, tyro.conf.arg(name="init-weights")] = None
+    """Weights the first stage starts from, instead of its own `init`."""
+    smoke: bool = False
+    """Shrink the recipe to CPU seconds: small model, small clips, few moving scenes, one epoch."""
+    restart: bool = False
+    """Run the named stages from their start, in place of what is there."""
+    dry_run: bool = False
+    """Print the plan and stop."""
+    check: bool = False
+    """Read the lists, train three steps of every stage, write and read their checkpoint, and stop."""
+    gpus: int | None = None
+    """Processes on this machine, one on each GPU (without GPUs: on the CPU); default all visible GPUs. Under torchrun or
+    srun the processes that are there join."""
+    restarts: int = 0
+    """Times the processes are started again from the last checkpoint when one of them fails."""
+    json: bool = False
+    """Print the summary as the last line on stdout."""
+
+
+def launch(arguments: list[str]) -> dict[str, Any]:
+    """Run a recipe: one stage or a whole progression.
+
+    Example: vmae2 launch demo:progressive --out runs/demo
+    Example: vmae2 launch pretrain:vit_base_hybrid --optim.lr 3e-4 --train.global-batch 256
+    """
+    from .. import recipes_index
+
+    if not arguments or arguments[0].startswith("-"):
+        print(launch.__doc__)
+        print("Recipes:\n" + recipes_index.listing())
+        parse(LaunchOptions, ["--help"], "vmae2 launch RECIPE")
+    return _run(*recipes_index.with_options(arguments, LaunchOptions, "vmae2 launch", parse), arguments)
+
+
+def _spread(options: LaunchOptions, arguments: list[str]) -> None:
+    """Become `torch.distributed.run` of the same command with one process a GPU; returns where one process is enough."""
+    import torch
+
+    from ..train.parallel import placement
+
+    wanted = torch.cuda.device_count() if options.gpus is None else options.gpus
+    present = torch.cuda.device_count()
+    if options.gpus is not None and (wanted < 1 or (present and wanted > present)):
+        raise ValueError(f"--gpus {wanted}: must be at least 1 and at most {present or 'the cores'} here")
+    if options.restarts < 0:
+        raise ValueError(f"--restarts {options.restarts}: must be at least 0")
+    if placement().size > 1 or "TORCHELASTIC_RUN_ID" in os.environ or (wanted <= 1 and not options.restarts):
+        return
+    # c10d rendezvous: with a static one a restart after a crash does not come together again.
+    agent = ["--nnodes=1", f"--nproc-per-node={max(wanted, 1)}", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
+    agent += [f"--max-restarts={options.restarts}", "--module", "vmae2_fast", "launch"]
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execv(sys.executable, [sys.executable, "-m", "torch.distributed.run", *agent, *arguments])
+
+
+def _run(run: Any, options: LaunchOptions, arguments: list[str]) -> dict[str, Any]:
+    from ..report import missing
+    from ..train.loop import split_batch
+    from ..train.parallel import leave, placement
+    from ..train.progression import check_stage, describe, selected, smoke
+
+    if options.smoke:
+        run = smoke(run)
+    if isinstance(run, Progression) and missing():
+        print(
+            f"no pictures and no report: {', '.join(missing())} not installed (pip install 'vmae2_fast[report]')",
+            file=sys.stderr,
+        )
+    stages = selected(run, options.start, options.until) if isinstance(run, Progression) else [run]
+    for stage in stages:
+        check_stage(stage)
+    plan = describe(dataclasses.replace(run, stages=tuple(stages)) if isinstance(run, Progression) else run)
+    built = backend.native() is not None
+    kernels = "with native kernels" if built else "WITHOUT native kernels (not built): reference implementations, slower"
+    print(f"vmae2_fast {__version__} {kernels}; `vmae2 env` tells more", file=sys.stderr)
+    world = placement()
+    if world.first:
+        for line in plan:
+            print(line, file=sys.stderr)
+    if options.dry_run:
+        return {"plan": plan}
+    _spread(options, arguments)
+    for stage in stages:
+        split_batch(stage, world.size)
+    try:
+        return _check(run, options, stages) if options.check else _train(run, options, stages)
+    finally:
+        leave()
+
+
+def _check(run: Any, options: LaunchOptions, stages: list[Any]) -> dict[str, Any]:
+    from ..train.parallel import join
+    from ..train.preflight import lines, preflight, standing_alone
+    from ..train.progression import prepare
+
+    world, _ = join()
+    if isinstance(run, Progression):
+        world.on_first(lambda: prepare(run))
+        stages = [dataclasses.replace(standing_alone(stage), out=run.out) for stage in stages]
+    if options.weights:
+        stages = [dataclasses.replace(stages[0], init=options.weights), *stages[1:]]
+    results = []
+    for stage in stages:
+        results.append(preflight(stage))
+        if world.first:
+            print("\n".join(lines(results[-1])), file=sys.stderr)
+    return {"check": results}
+
+
+def _train(run: Any, options: LaunchOptions, stages: list[Any]) -> dict[str, Any]:
+    from ..report import missing, summarise, write_report, write_summary
+    from ..train.loop import train
+    from ..train.parallel import placement
+    from ..train.progression import run_progression
+
+    first = placement().first
+    if not isinstance(run, Progression):
+        return train(run, init=options.weights, resume=not options.restart)
+    results = run_progression(run, start=options.start, until=options.until, init=options.weights, resume=not options.restart)
+    if not first:
+        return {}
+    if len(stages) < len(run.stages):
+        summary = summarise(run, results)
+        write_summary(summary, Path(run.out))
+        return summary
+    summary = write_report(run, results)
+    if not missing():
+        print(f"report: {Path(run.out) / 'report.html'}", file=sys.stderr)
+    return summary
