@@ -93,23 +93,25 @@ def test_a_file_that_hangs_is_ended_named_and_replaced(clips, tmp_path):
     assert not multiprocessing.active_children()
 
 
-# Prints its decoders' process ids once a batch is there, and goes on for ever.
+# Prints its helpers' process ids once a batch is there, and goes on for ever.
 ENDLESS = """
-import multiprocessing, os, sys
+import multiprocessing, os, signal, sys
 from pathlib import Path
 from multiprocessing.forkserver import _forkserver
+from multiprocessing.resource_tracker import _resource_tracker
 from tests.drills.test_decoders import _loader
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are started without
 batches = iter(_loader(Path(sys.argv[1]), workers=2, steps=None))
 while True:
     batch = next(batches)
     children = [process.pid for process in multiprocessing.active_children()]
-    print(*children, _forkserver._forkserver_pid, "after", int(batch.position[-1]) + 1, flush=True)
+    print(*children, _forkserver._forkserver_pid, _resource_tracker._pid, "after", int(batch.position[-1]) + 1, flush=True)
 """
 
 
 def _endless(clips: Path) -> tuple[subprocess.Popen, list[int], int]:
-    """A process that loads batches, its decoders, and the clips it has consumed."""
+    """A process that loads batches, those that work for it, and the clips it has consumed."""
     child = subprocess.Popen(
         [sys.executable, "-c", ENDLESS, str(clips)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         start_new_session=True,
@@ -118,11 +120,17 @@ def _endless(clips: Path) -> tuple[subprocess.Popen, list[int], int]:
     return child, [int(pid) for pid in pids.split()], int(consumed)
 
 
+def _shared_memory(pids: list[int]) -> set[Path]:
+    """Files of /dev/shm that these processes have mapped."""
+    lines = [line for pid in pids for line in Path(f"/proc/{pid}/maps").read_text().splitlines()]
+    return {Path(line.split(maxsplit=5)[5]) for line in lines if " /dev/shm/" in line}
+
+
 @pytest.mark.parametrize("how", ["kill", "interrupt"])
 def test_nothing_is_left_of_a_killed_or_interrupted_loader(clips, how):
-    before = set(os.listdir("/dev/shm"))
     child, pids, consumed = _endless(clips)
-    assert len(pids) == 3
+    assert len(pids) == 4
+    shared = _shared_memory([child.pid, *pids])
     if how == "kill":
         os.kill(child.pid, signal.SIGKILL)
     else:
@@ -131,7 +139,7 @@ def test_nothing_is_left_of_a_killed_or_interrupted_loader(clips, how):
     _, errors = child.communicate(timeout=60)
     assert child.returncode == -signal.SIGKILL if how == "kill" else "KeyboardInterrupt" in errors
     assert how == "kill" or "leaked" not in errors  # of a killed process the locks are cleaned up by multiprocessing's tracker
-    assert set(os.listdir("/dev/shm")) <= before
+    assert not [path for path in shared if path.exists()]
     # the next sample is the next one, with another number of decoders
     whole = list(_loader(clips, workers=0, steps=consumed // 3 + 2))
     resumed = list(_loader(clips, workers=1, start=consumed, steps=2))
