@@ -57,7 +57,7 @@ def backward(
     """dqkv, see attention.py."""
     kind = lse.dtype
     q, k, v = by_heads(qkv.to(kind))
-    grad, out = grad.transpose(1, 2).to(kind), out.transpose(1, 2).to(kind)
+    grad = grad.transpose(1, 2).to(kind)
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
     dq, dk, dv = by_heads(dqkv)
     q = q * scale
@@ -65,8 +65,13 @@ def backward(
     hidden = _hidden(qkv, window, lengths)
     if hidden is not None:
         p.masked_fill_(hidden, 0)
+    # A log-sum-exp of hundreds was rounded to a float32: without this its error would be in all probabilities of the row.
+    total = p.sum(-1, keepdim=True)
+    p.div_(total.masked_fill_(total == 0, 1))
     dv.copy_(torch.matmul(p.mT, grad))
-    ds = torch.matmul(grad, v.mT).sub_((grad * out).sum(-1, keepdim=True)).mul_(p)
+    # rowsum(grad * out) is the same number, rounded otherwise: where one probability is nearly 1 that would be all of ds.
+    dp = torch.matmul(grad, v.mT)
+    ds = dp.sub_((dp * p).sum(-1, keepdim=True)).mul_(p)
     dq.copy_(torch.matmul(ds, k).mul_(scale))
     dk.copy_(torch.matmul(ds.mT, q))
     return dqkv
