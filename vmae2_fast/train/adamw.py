@@ -5,8 +5,7 @@ All of them have torch's `param_groups` and `state`, and `update(scale, skipped)
 `exp_avg`, `exp_avg_sq` and whatever the caller put into `state[p]`, plain tensors; `restore` takes it back. A run may go on
 with another implementation than it began with.
 
-On the CPU torch's fused kernel is 2 to 3 times as fast as its foreach one. A bfloat16 copy of the weights written in the same
-pass would save a forward its casts; it is not kept, see docs/kernels.md.
+A bfloat16 copy of the weights written in the same pass would save a forward its casts; it is not kept, see docs/kernels.md.
 """
 
 from __future__ import annotations
