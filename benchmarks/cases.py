@@ -413,15 +413,26 @@ def decoder_tokens(x: Batch, compiled: Callable) -> Case:
     )  # fmt: skip
 
 
+def apex_residual_norm(x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """`plain.residual_norm` with the LayerNorm of NVIDIA apex."""
+    from apex.normalization.fused_layer_norm import fused_layer_norm_affine
+
+    normed: Tensor = fused_layer_norm_affine((x + branch).float(), weight, bias, x.shape[-1:], 1e-6)
+    return normed.to(x.dtype)
+
+
 @case("residual_norm", "forward", "forward_backward")
 def residual_norm(x: Batch, compiled: Callable) -> Case:
     """Residual add and LayerNorm between two half-blocks of the encoder, the stream in the dtype of the branch."""
     stream, form = x.stream[0], compiled(plain.residual_norm)
     moved = stream.numel() * stream.dtype.itemsize
+    strong: dict[str, Call] = {"compiled": lambda b: form(*b.stream)[1]}
+    if x.device.type == "cuda" and importlib.util.find_spec("fused_layer_norm_cuda"):
+        strong["apex"] = lambda b: apex_residual_norm(*b.stream)
     return Case(
         ours=lambda b: our_residual_norm(*b.stream[:2], None, None, *b.stream[2:], 1e-6)[1],
         plain=lambda b: plain.residual_norm(*b.stream)[1],
-        strong={"compiled": lambda b: form(*b.stream)[1]},
+        strong=strong,
         # Two in and two out; then the gradient and the sum in, one gradient out: it is the branch's too.
         bytes=4 * moved, gradient=lambda b: b.stream, backward_bytes=3 * moved, shapes={"stream": list(stream.shape)},
     )  # fmt: skip

@@ -288,6 +288,13 @@ def data_share(context: Context) -> Result:
     return result
 
 
+def attention_backends(context: Context) -> Result:
+    """All attention backends present at the shapes of the models: the table that decides who runs."""
+    from . import attention
+
+    return attention.measure_backends(context)
+
+
 def decoders(context: Context) -> Result:
     """Clips per second out of the video engines by number of DALI pipelines, beside PyAV on every core."""
     try:
@@ -310,6 +317,7 @@ SECTIONS: dict[str, tuple[Callable[[Context], Result], float]] = {  # and the se
     "ceilings": (ceilings, 60),
     "pytest": (tests, 420),
     **{name: (partial(op, name), 240) for name in OP_SECTIONS},
+    "attention": (attention_backends, 300),
     "capture": (capture, 120),
     "data_share": (data_share, 120),
     "decoders": (decoders, 300),

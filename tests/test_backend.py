@@ -18,6 +18,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from tests.support import NO_EDITABLE
 from vmae2_fast import backend
 from vmae2_fast.ops import _native, decoder_tokens, gather_patches, reconstruction_loss, roi_align_max, scatter_patches
+from vmae2_fast.ops.attention import attention
+from vmae2_fast.ops.mlp import norm_mlp
+from vmae2_fast.ops.norm import norm_qkv, residual_norm
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parents[1]
@@ -68,7 +71,17 @@ def _compiled_steps() -> dict[str, tuple[Callable[[torch.Tensor], torch.Tensor],
     def boxed(x: torch.Tensor) -> torch.Tensor:
         return roi_align_max(x, boxes, size=2, scale=1.0).sum()
 
-    return {"patches": (patches, clip), "decoder": (decoder, torch.rand(1, 2, 8)), "boxes": (boxed, torch.rand(1, 8, 8, 4))}
+    def block(x: torch.Tensor) -> torch.Tensor:
+        gain, weight, lengths = torch.ones(8), torch.eye(8), torch.tensor([3])
+        x, qkv = norm_qkv(x, x, None, None, gain, gain, 1e-6, weight.repeat(3, 1), None, None)
+        out = attention(qkv.unflatten(2, (3, 1, 8)), window=1, lengths=lengths).flatten(2)
+        x, out = norm_mlp(x, out, None, None, gain, gain, 1e-6, weight, None, weight, None)
+        return residual_norm(x, out, None, None, gain, gain, 1e-6)[1].square().sum()
+
+    return {
+        "patches": (patches, clip), "decoder": (decoder, torch.rand(1, 2, 8)), "boxes": (boxed, torch.rand(1, 8, 8, 4)),
+        "block": (block, torch.rand(1, 4, 8)),
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", _compiled_steps())

@@ -49,11 +49,12 @@ def test_portable_program_runs_without_the_package(tmp_path):
     assert _difference(torch.load(tmp_path / "out.pt"), model(clip)) <= TOLERANCE
 
 
-@pytest.mark.parametrize("arguments", [(0.3,), (0.3, None), (0.3, 2)], ids=str)
-def test_portable_attention_keeps_to_the_window(arguments):
+@pytest.mark.parametrize("lengths", [None, torch.tensor([4, 9])], ids=["whole", "lengths"])
+@pytest.mark.parametrize("window", [None, 2])
+def test_portable_attention_keeps_to_window_and_lengths(window, lengths):
     qkv, op = torch.randn(2, 9, 3, 2, 8), torch.ops.vmae2.attention.default
-    found = export._decompositions()[op](qkv, *arguments)[0]
-    torch.testing.assert_close(found, op(qkv, *arguments)[0])
+    arguments = (qkv, 0.3, window, lengths, "", "")
+    torch.testing.assert_close(export._decompositions()[op](*arguments)[0], op(*arguments)[0])
 
 
 def test_onnx(tmp_path, capsys):

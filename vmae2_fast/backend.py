@@ -45,7 +45,19 @@ class OpEntry:
     name: str
     implementations: dict[str, Implementation]
     order: dict[str, tuple[str, ...]]  # device type -> preference; "*" is any other device
-    because: dict[str, str]  # device type -> what the order rests on
+    because: dict[str, str | Callable[[], str]]  # device type -> what the order rests on
+    measured: Callable[..., tuple[str, ...] | None]  # (device, *details) -> the order measured for such an input, if any
+
+    def preference(self, device: torch.device, *details: Any) -> list[str]:
+        """All names that run without a request, the first choice first."""
+        order = self.order.get(device.type, self.order["*"])
+        measured = [n for n in self.measured(device, *details) or () if n in self.implementations]
+        return [*measured, *(n for n in order if n not in measured)]
+
+    def reason(self, kind: str) -> str:
+        """What the order on a device type rests on."""
+        because = self.because.get(kind, "")
+        return because if isinstance(because, str) else because()
 
 
 _OPS: dict[str, OpEntry] = {}
@@ -59,13 +71,15 @@ def register_op(
     name: str,
     implementations: dict[str, Implementation],
     order: dict[str, tuple[str, ...]],
-    because: dict[str, str] | None = None,
+    because: dict[str, str | Callable[[], str]] | None = None,
+    measured: Callable[..., tuple[str, ...] | None] = lambda device, *details: None,
 ) -> None:
     """Make an op known. `order["*"]` must name an implementation that runs on every device; `because` says, for the report
-    of `vmae2 env`, what the order on a device type rests on."""
+    of `vmae2 env`, what the order on a device type rests on. `measured(device, *details)` gives names that come before the
+    order for such an input, or None."""
     assert "*" in order, name
     assert all(n in implementations for names in order.values() for n in names), name
-    _OPS[name] = OpEntry(name, implementations, order, because or {})
+    _OPS[name] = OpEntry(name, implementations, order, because or {}, measured)
 
 
 def ops() -> list[str]:
@@ -145,7 +159,7 @@ def available(op: str, device: torch.device | str, *details: Any) -> list[str]:
     """Implementations of `op` that can run on `device` (and on such an input), the default one first."""
     device = torch.device(device)
     entry = _OPS[op]
-    order = entry.order.get(device.type, entry.order["*"])
+    order = entry.preference(device, *details)
     names = [*order, *(n for n in entry.implementations if n not in order)]
     return [n for n in names if entry.implementations[n].why_not(device, *details) is None]
 
@@ -157,7 +171,7 @@ def pick(op: str, device: torch.device, *details: Any) -> str:
     """
     entry = _OPS[op]
     wanted = _request().for_op(op)
-    for n in wanted or entry.order.get(device.type, entry.order["*"]):
+    for n in wanted or entry.preference(device, *details):
         impl = entry.implementations.get(n)
         if impl is not None and impl.why_not(device, *details) is None:
             return n
@@ -286,8 +300,11 @@ def environment() -> dict[str, Any]:
 
     packages = {
         n: version(n)
-        for n in ("torch", "triton", "numpy", "safetensors", "av", "flash-attn", "nvidia-dali-cuda130", "torchao")
-    }
+        for n in (
+            "torch", "triton", "numpy", "safetensors", "av", "flash-attn", "flash-attn-3", "flash-attn-4",
+            "nvidia-dali-cuda130", "torchao",
+        )
+    }  # fmt: skip
     packages["apex"] = "present" if importlib.util.find_spec("apex") else None
     extension = native()
     devices = ["cpu"] + [f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())]
@@ -304,7 +321,7 @@ def environment() -> dict[str, Any]:
             op: {
                 kind: {
                     "runs": _picked(op, kind),
-                    "because": "it was asked for" if _request().for_op(op) else _OPS[op].because.get(kind, ""),
+                    "because": "it was asked for" if _request().for_op(op) else _OPS[op].reason(kind),
                     "refused": {n: r for n, r in refusals(op, kind).items() if r},
                 }
                 for kind in kinds

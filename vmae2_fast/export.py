@@ -173,11 +173,16 @@ def _norm_mlp(given: Mapping[str, Any]) -> tuple[Tensor, ...]:
 
 def _attention(given: Mapping[str, Any]) -> tuple[Tensor, ...]:
     q, k, v = given["qkv"].transpose(1, 3).unbind(2)
-    near = None
-    if given.get("window") is not None:
-        token = torch.arange(q.shape[2], device=q.device)
-        near = (token[:, None] - token).abs() <= given["window"]
-    return (F.scaled_dot_product_attention(q, k, v, attn_mask=near, scale=given["scale"]).transpose(1, 2),)
+    window, lengths = given["window"], given["lengths"]
+    token = torch.arange(q.shape[2], device=q.device)
+    seen = None if window is None else (token[:, None] - token).abs() <= window
+    if lengths is None:
+        return (F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=given["scale"]).transpose(1, 2),)
+    inside = (token < lengths[:, None])[:, None, :, None]  # [B, 1, N, 1]
+    near = inside.mT if seen is None else inside.mT & seen
+    near = near | (token[:, None] == token)  # a query of padding sees itself: its softmax is finite
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=near, scale=given["scale"])
+    return (torch.where(inside, out, 0).transpose(1, 2),)
 
 
 def _linear(a: Mapping[str, Any]) -> tuple[Tensor, ...]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from tests.support import assert_within_budget
+from vmae2_fast import backend
 
 SHAPES = [(2, 1, 8), (2, 63, 33), (3, 16, 24)]
 INTERPRETED = [(2, 3, 33)]  # enough for Triton: its interpreter runs every row as a program
@@ -91,6 +93,17 @@ def assert_op_matches(
     for name, grad in grads.items():
         assert grad.dtype == ours[name].dtype
         assert_within_budget(grad, grads_same[name], grads_truth[name], f"gradient of {name}")
+
+
+def other_backend(op: str, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Give an op and its backward a backend named "other", which is the reference; the calls of both, as they are made."""
+    calls: list[str] = []
+    for name in (op, f"{op}_backward"):
+        known = backend._OPS[name].implementations
+        run = known["reference"].run
+        spy = backend.Implementation(lambda *a, name=name, run=run: calls.append(name) or run(*a))
+        monkeypatch.setitem(known, "other", spy)
+    return calls
 
 
 def saved_bytes(function: Callable[[], Any], known: dict[str, Tensor | None]) -> tuple[set[str], list[int]]:

@@ -18,6 +18,7 @@ from tests.ops.half_block import (
     autocast,
     gradients,
     leaves,
+    other_backend,
     plain_stream,
     saved_bytes,
     stream,
@@ -25,7 +26,6 @@ from tests.ops.half_block import (
 )  # fmt: skip
 from tests.support import awkward, cases, compiles, opcheck
 from vmae2_fast import backend
-from vmae2_fast.ops import mlp
 from vmae2_fast.ops.mlp import norm_mlp
 
 
@@ -123,7 +123,7 @@ def test_saves_only_the_stream_its_statistics_pre_activation_and_parameters(kind
 def test_opcheck(dtype, kind):
     arguments = leaves(_arguments((2, 5, 8), kind))
     values = list(arguments.values())
-    opcheck(torch.ops.vmae2.norm_mlp.default, (*values[:6], EPS, *values[6:], dtype))
+    opcheck(torch.ops.vmae2.norm_mlp.default, (*values[:6], EPS, *values[6:], dtype, ""))
 
 
 @pytest.mark.parametrize("kind", ["none", "branch", "gamma+drop"])
@@ -156,15 +156,11 @@ def test_compiles_as_one_graph(mode):
 
 
 def test_backward_runs_the_forwards_backend(monkeypatch):
-    entry, table, calls = backend._OPS["norm_mlp"], mlp.NORM_MLP_BACKWARD, []
-    monkeypatch.setitem(
-        entry.implementations, "other", backend.Implementation(lambda *a: entry.implementations["reference"].run(*a))
-    )
-    monkeypatch.setitem(table, "other", lambda *a, reference=table["reference"]: calls.append("other") or reference(*a))
+    calls = other_backend("norm_mlp", monkeypatch)
     with backend.use_backend("norm_mlp=other"):
         out = _mlp(**leaves(_arguments((2, 5, 8), "branch")))[1]
     out.sum().backward()
-    assert calls == ["other"]
+    assert calls == ["norm_mlp", "norm_mlp_backward"]
 
 
 @pytest.mark.parametrize(

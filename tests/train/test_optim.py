@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 import math
+import sys
+import types
 
 import pytest
 import torch
 from torch import nn
 
 from vmae2_fast.config import OptimConfig
+from vmae2_fast.train import adamw
 from vmae2_fast.train.optim import Optimizer, parameter_groups, scaled_lr
 
 
@@ -159,3 +162,128 @@ def test_moving_average_by_its_formula_and_through_a_checkpoint():
     with optimizer.averaged(), resumed.averaged():
         assert torch.equal(model.weight, other.weight)
         assert not torch.equal(model.weight, weight)
+
+
+class FusedAdam(torch.optim.Optimizer):
+    """apex's FusedAdam (capturable) as its source describes it, on the device the parameters have."""
+
+    def __init__(
+        self, params, lr=1e-3, bias_correction=True, betas=(0.9, 0.999), eps=1e-8, adam_w_mode=True, weight_decay=0.0,
+        amsgrad=False, set_grad_none=True, capturable=False, master_weights=False,
+    ):  # fmt: skip
+        assert adam_w_mode
+        assert capturable
+        super().__init__(params, {"lr": torch.tensor(lr), "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        self._dummy_overflow_buf = torch.zeros(1, dtype=torch.int32)
+
+    @torch.no_grad()
+    def step(self, closure=None, grads=None, output_params=None, scale=None, grad_norms=None, grad_scaler=None):
+        for group in self.param_groups:
+            group["step"] += (self._dummy_overflow_buf != 1).to(torch.int)
+            self._dummy_overflow_buf.copy_(grad_scaler._check_inf_per_device(self)[group["params"][0].device])
+            inverse = grad_scaler._get_scale_async().double().reciprocal().float()
+            if self._dummy_overflow_buf:
+                continue
+            (beta1, beta2), step = group["betas"], group["step"]
+            for p in group["params"]:
+                state = self.state[p]
+                if not state:
+                    state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
+                grad = p.grad.mul_(inverse)
+                state["exp_avg"].lerp_(grad, 1 - beta1)
+                state["exp_avg_sq"].lerp_(grad.square(), 1 - beta2)
+                size = (state["exp_avg_sq"] / (1 - beta2**step)).sqrt() + group["eps"]
+                p -= group["lr"] * (state["exp_avg"] / (1 - beta1**step) / size + group["weight_decay"] * p)
+
+
+@pytest.fixture
+def apex(monkeypatch):
+    package, module = types.ModuleType("apex"), types.ModuleType("apex.optimizers")
+    package.optimizers, module.FusedAdam = module, FusedAdam
+    monkeypatch.setitem(sys.modules, "apex", package)
+    monkeypatch.setitem(sys.modules, "apex.optimizers", module)
+    monkeypatch.setattr(adamw, "why_not_apex", lambda device: None)
+
+
+def _steps(optimizer: Optimizer, model: nn.Module, steps: range, poisoned: int | None = None) -> None:
+    """On gradients of their own: those of a loss would carry one step's rounding into the next."""
+    for step in steps:
+        generator = torch.Generator().manual_seed(step)
+        for p in model.parameters():
+            p.grad = torch.randn(p.shape, generator=generator)
+        optimizer.step(step, torch.tensor(math.inf if step == poisoned else 1.0))
+
+
+def test_apex_equals_torch_and_goes_on_where_torch_stopped(apex):
+    """Decay, clipping, a skipped step, and a checkpoint that passes from one to the other and back."""
+    config = {"weight_decay": 0.1, "clip_grad": 0.5, "ema_decay": 0.9, "layer_decay": 1.0}
+    model, other = _model(), _model()
+    ours, torchs = _optimizer(model, implementation="apex", **config), _optimizer(other, **config)
+    for optimizer, m in ((ours, model), (torchs, other)):
+        _steps(optimizer, m, range(5), poisoned=2)
+    for _ in range(2):
+        a, b = ours.state_tensors(), torchs.state_tensors()
+        assert a.keys() == b.keys()
+        pairs = [*((a[name], b[name]) for name in b), *zip(model.parameters(), other.parameters())]
+        for x, y in pairs:
+            assert (x - y).norm() <= 1e-6 * y.norm()
+        ours.load_state_tensors({n: t.clone() for n, t in b.items()})
+        torchs.load_state_tensors({n: t.clone() for n, t in a.items()})
+        for optimizer, m in ((ours, model), (torchs, other)):
+            _steps(optimizer, m, range(5, 8))
+
+
+@pytest.mark.parametrize(
+    ("implementation", "module", "message"),
+    [
+        ("apex", "apex.optimizers", r"optim.implementation=apex: apex.optimizers cannot be imported .*vmae2 env"),
+        ("torchao8bit", "torchao.optim", r"optim.implementation=torchao8bit: torchao.optim .*vmae2_fast\[adam8bit\]"),
+    ],
+)
+def test_absent_implementations_name_the_way_out(monkeypatch, implementation, module, message):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ValueError, match=message):
+        _optimizer(_model(), implementation=implementation)
+
+
+def test_apex_needs_a_gpu(monkeypatch):
+    monkeypatch.setitem(sys.modules, "apex.optimizers", types.SimpleNamespace(FusedAdam=FusedAdam))
+    with pytest.raises(ValueError, match=r"optim.implementation=apex runs on cuda only, not on cpu"):
+        _optimizer(_model(), implementation="apex")
+
+
+def test_eight_bits_follow_torch_and_survive_a_checkpoint():
+    """Moments of 8 bits: near torch's weights, no step where it is skipped. A checkpoint holds float32, and loading rounds it
+    to 8 bits once more: no resume to the bit."""
+    pytest.importorskip("torchao.optim")
+
+    def model() -> nn.Sequential:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64))  # 4096 weights: torchao keeps smaller ones in float32
+
+    def steps(optimizer: Optimizer, m: nn.Module, numbers: range) -> None:
+        for step in numbers:
+            optimizer.zero_grad()
+            loss = m(torch.linspace(-1, 1, 128).view(2, 64).sin()).square().mean() + m[0].weight.square().mean()
+            loss.backward()
+            optimizer.step(step, loss * math.nan if step == 1 else loss)
+
+    settings = {"lr": 1e-3, "clip_grad": 0.5, "weight_decay": 0.1, "implementation": "torchao8bit"}
+    ours, again, theirs = model(), model(), model()
+    first, torchs = _optimizer(ours, **settings), _optimizer(theirs, **{**settings, "implementation": "torch"})
+    for optimizer, m in ((first, ours), (torchs, theirs)):
+        steps(optimizer, m, range(4))
+    saved = {n: t.clone() for n, t in first.state_tensors().items()}
+    assert all(type(t) is torch.Tensor for t in saved.values())
+    assert saved["0.weight.step"].item() == 3
+    start, moved = model()[0].weight, theirs[0].weight.detach()
+    assert (ours[0].weight - moved).norm() < 0.1 * (moved - start).norm()
+    again.load_state_dict(ours.state_dict())
+    second = _optimizer(again, **settings)
+    second.load_state_tensors(saved)
+    for name, value in second.state_tensors().items():
+        assert (value - saved[name]).norm() <= 0.02 * saved[name].norm(), name
+    before = ours[0].weight.detach().clone()
+    for optimizer, m in ((first, ours), (second, again)):
+        steps(optimizer, m, range(4, 6))
+    assert (ours[0].weight - again[0].weight).norm() < 0.1 * (ours[0].weight - before).norm()

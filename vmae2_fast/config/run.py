@@ -204,6 +204,9 @@ class ViewsConfig:
 class OptimConfig:
     """AdamW, layer-wise decay, linear warm-up then cosine per step."""
 
+    implementation: Literal["torch", "apex", "torchao8bit"] = "torch"
+    """Who computes AdamW: torch's fused kernel, NVIDIA apex's FusedAdam (GPU), or torchao's with moments of 8 bits (which
+    resumes to within their rounding, not to the bit)."""
     lr: float = 1.5e-4
     """Base learning rate; the real one is lr * global batch / `lr_batch`."""
     lr_batch: int = 256

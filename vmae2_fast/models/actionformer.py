@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..config import ActionFormerConfig
+from ..ops.attention import attention
 
 
 class Level(NamedTuple):
@@ -33,32 +34,6 @@ class Level(NamedTuple):
     """bool [B, T_l]."""
     stride: int
     """Points of the input between two of the level."""
-
-
-def local_attention(q: Tensor, k: Tensor, v: Tensor, valid: Tensor, window: int) -> Tensor:
-    """Attention of token i to the valid tokens j with |i - j| <= window.
-
-    q, k, v: [B, H, T, D]; valid: bool [B, T]; returns [B, H, T, D]. Rows of invalid tokens have no meaning.
-
-    Queries go by chunks, each beside the keys within its reach, so work and memory grow with T, not with T squared.
-    """
-    b, h, n, d = q.shape
-    chunk = max(2 * window, 16)
-    count = -(-n // chunk)
-    tail = count * chunk - n
-    q = F.pad(q, (0, 0, 0, tail)).view(b, h, count, chunk, d)
-    k, v = (
-        F.pad(x, (0, 0, window, window + tail)).unfold(2, chunk + 2 * window, chunk).transpose(-1, -2) for x in (k, v)
-    )  # [B, H, chunks, chunk + 2 window, D]
-    near = F.pad(valid, (window, window + tail)).unfold(1, chunk + 2 * window, chunk)[:, :, None]
-    row = torch.arange(chunk, device=q.device)[:, None]
-    offset = torch.arange(chunk + 2 * window, device=q.device) - row
-    band = (offset >= 0) & (offset <= 2 * window)
-    itself = offset == window  # keeps the softmax of rows of padding finite
-    mask = (band & near | itself).flatten(0, 1)[:, None]
-    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    return out.unflatten(0, (b, count)).transpose(1, 2).reshape(b, h, count * chunk, d)[:, :, :n]
 
 
 class MaskedConv(nn.Module):
@@ -127,13 +102,10 @@ class Block(nn.Module):
         """x [B, T, C], valid bool [B, T] -> the same at T / stride."""
         h = self.norm1(x)
         (q, inside), (k, _), (v, _) = (p(h, valid) for p in (self.query, self.key, self.value))
-        q, k, v = (y.unflatten(2, (self.heads, -1)).transpose(1, 2) for y in (q, k, v))
-        if self.reach:
-            mixed = local_attention(q, k, v, inside, self.reach)
-        else:
-            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=inside[:, None, None])
+        qkv = torch.stack((q, k, v), dim=2).unflatten(3, (self.heads, -1))
+        mixed = attention(qkv, window=self.reach or None, lengths=inside.sum(1))
         keep = inside.unsqueeze(-1).to(x.dtype)
-        branch = self.proj(mixed.transpose(1, 2).flatten(2)) * keep
+        branch = self.proj(mixed.flatten(2)) * keep
         x = self._skip(x) * keep + self._branch(branch, self.gamma_1)
         branch = self.fc2(F.gelu(self.fc1(self.norm2(x)))) * keep
         return x + self._branch(branch, self.gamma_2), inside

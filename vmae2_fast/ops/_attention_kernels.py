@@ -124,6 +124,15 @@ def _place(n, h, D: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _live(lengths, n, h, BLOCK: tl.constexpr, SHORTER: tl.constexpr):
+    """Tokens of this program's sample that take part."""
+    live = n
+    if SHORTER:
+        live = tl.minimum(tl.load(lengths + tl.program_id(0) // (tl.cdiv(n, BLOCK) * h)).to(tl.int32), n)
+    return live
+
+
+@triton.jit
 def _banded(rows, columns, n, window, BAND: tl.constexpr):
     """Which of the pairs of rows and columns [.., ..] take part: columns below n, and within the window."""
     valid = columns < n
@@ -175,36 +184,43 @@ def _forward_step(
 
 @triton.jit(do_not_specialize=["n", "h", "window"])
 def forward(
-    qkv, out, lse, n, h, scale, window,
+    qkv, out, lse, lengths, n, h, scale, window,
     D: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
-    NEGATIVE: tl.constexpr, BAND: tl.constexpr,
+    NEGATIVE: tl.constexpr, BAND: tl.constexpr, SHORTER: tl.constexpr,
 ):  # fmt: skip
     """out and lse of BLOCK queries of one head, in steps of STEP keys."""
     first, row, inside, outside = _place(n, h, D, BLOCK)
     kind: tl.constexpr = qkv.dtype.element_ty
     steep = _unit(scale, kind)
     rows, stride = first + tl.arange(0, BLOCK), 3 * h * D
-    near = tl.minimum(rows, n - 1)  # a row beyond the end sees what the last one sees, not nothing
+    live = _live(lengths, n, h, BLOCK, SHORTER)
+    near = tl.minimum(rows, live - 1)  # a row beyond the end sees what the last one sees, not nothing
     q_base, k_base, v_base = qkv + inside, qkv + inside + h * D, qkv + inside + 2 * h * D
-    q0, q1 = _load2(q_base, rows, n, stride, D, HEAD, TAIL, True)
+    q0, q1 = _load2(q_base, rows, live, stride, D, HEAD, TAIL, True)
     peak = tl.full([BLOCK], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
     sum0, sum1 = _zeros2(BLOCK, HEAD, TAIL)
-    start, whole, end = _walk(first, n, window, BLOCK, STEP, BAND)
+    start, whole, end = _walk(first, live, window, BLOCK, STEP, BAND)
     if not BAND:
         for at in tl.range(start, whole, STEP):
             peak, total, sum0, sum1 = _forward_step(
-                at, q0, q1, k_base, v_base, near, n, stride, steep, window, peak, total, sum0, sum1,
+                at, q0, q1, k_base, v_base, near, live, stride, steep, window, peak, total, sum0, sum1,
                 D, HEAD, TAIL, STEP, NEGATIVE, False, False,
             )  # fmt: skip
     for at in tl.range(whole, end, STEP):
         peak, total, sum0, sum1 = _forward_step(
-            at, q0, q1, k_base, v_base, near, n, stride, steep, window, peak, total, sum0, sum1,
+            at, q0, q1, k_base, v_base, near, live, stride, steep, window, peak, total, sum0, sum1,
             D, HEAD, TAIL, STEP, NEGATIVE, True, BAND,
         )  # fmt: skip
+    if SHORTER:
+        total = tl.where(rows < live, total, 1.0)
     log = peak + tl.log(total) if kind == tl.float32 else (peak + tl.log2(total)) * LN_2
+    part = 1.0 / total
+    if SHORTER:
+        log = tl.where(rows < live, log, float("inf"))
+        part = tl.where(rows < live, part, 0.0)
     tl.store(lse + row + rows, log, mask=rows < n)
-    part = (1.0 / total)[:, None]
+    part = part[:, None]
     _store2(out + outside, rows, n, h * D, sum0 * part, sum1 * part, D, HEAD, TAIL)
 
 
@@ -226,33 +242,35 @@ def _query_step(
 
 @triton.jit(do_not_specialize=["n", "h", "window"])
 def backward_queries(
-    grad, qkv, out, lse, delta, dqkv, n, h, scale, window,
+    grad, qkv, out, lse, delta, dqkv, lengths, n, h, scale, window,
     D: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr, BAND: tl.constexpr,
+    SHORTER: tl.constexpr,
 ):  # fmt: skip
     """delta = rowsum(grad * out) and dQ of BLOCK queries of one head, in steps of STEP keys."""
     first, row, inside, outside = _place(n, h, D, BLOCK)
     rows, stride = first + tl.arange(0, BLOCK), 3 * h * D
+    live = _live(lengths, n, h, BLOCK, SHORTER)
     k_base, v_base = qkv + inside + h * D, qkv + inside + 2 * h * D
-    g0, g1 = _load2(grad + outside, rows, n, h * D, D, HEAD, TAIL, True)
-    o0, o1 = _load2(out + outside, rows, n, h * D, D, HEAD, TAIL, True)
+    g0, g1 = _load2(grad + outside, rows, live, h * D, D, HEAD, TAIL, True)
+    o0, o1 = _load2(out + outside, rows, live, h * D, D, HEAD, TAIL, True)
     rowsum = tl.sum(g0.to(tl.float32) * o0.to(tl.float32), 1)
     if TAIL:
         rowsum += tl.sum(g1.to(tl.float32) * o1.to(tl.float32), 1)
     tl.store(delta + row + rows, rowsum, mask=rows < n)
-    q0, q1 = _load2(qkv + inside, rows, n, stride, D, HEAD, TAIL, True)
+    q0, q1 = _load2(qkv + inside, rows, live, stride, D, HEAD, TAIL, True)
     steep = _unit(scale, qkv.dtype.element_ty)
     log = _unit(tl.load(lse + row + rows, mask=rows < n, other=float("inf")), qkv.dtype.element_ty)
     dq0, dq1 = _zeros2(BLOCK, HEAD, TAIL)
-    start, whole, end = _walk(first, n, window, BLOCK, STEP, BAND)
+    start, whole, end = _walk(first, live, window, BLOCK, STEP, BAND)
     if not BAND:
         for at in tl.range(start, whole, STEP):
             dq0, dq1 = _query_step(
-                at, q0, q1, g0, g1, k_base, v_base, rows, n, stride, steep, window, log, rowsum, dq0, dq1,
+                at, q0, q1, g0, g1, k_base, v_base, rows, live, stride, steep, window, log, rowsum, dq0, dq1,
                 D, HEAD, TAIL, STEP, False, False,
             )  # fmt: skip
     for at in tl.range(whole, end, STEP):
         dq0, dq1 = _query_step(
-            at, q0, q1, g0, g1, k_base, v_base, rows, n, stride, steep, window, log, rowsum, dq0, dq1,
+            at, q0, q1, g0, g1, k_base, v_base, rows, live, stride, steep, window, log, rowsum, dq0, dq1,
             D, HEAD, TAIL, STEP, True, BAND,
         )  # fmt: skip
     _store2(dqkv + inside, rows, n, stride, dq0 * scale, dq1 * scale, D, HEAD, TAIL)
@@ -283,28 +301,34 @@ def _key_step(
 
 @triton.jit(do_not_specialize=["n", "h", "window"])
 def backward_keys(
-    grad, qkv, lse, delta, dqkv, n, h, scale, window,
+    grad, qkv, lse, delta, dqkv, lengths, n, h, scale, window,
     D: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr, BAND: tl.constexpr,
+    SHORTER: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of BLOCK keys of one head, in steps of STEP queries. Everything is transposed: [keys, queries]."""
     first, row, inside, outside = _place(n, h, D, BLOCK)
     columns, stride = first + tl.arange(0, BLOCK), 3 * h * D
-    k0, k1 = _load2(qkv + inside + h * D, columns, n, stride, D, HEAD, TAIL, True)
-    v0, v1 = _load2(qkv + inside + 2 * h * D, columns, n, stride, D, HEAD, TAIL, True)
+    live = _live(lengths, n, h, BLOCK, SHORTER)
+    k0, k1 = _load2(qkv + inside + h * D, columns, live, stride, D, HEAD, TAIL, True)
+    v0, v1 = _load2(qkv + inside + 2 * h * D, columns, live, stride, D, HEAD, TAIL, True)
     steep = _unit(scale, qkv.dtype.element_ty)
     dk0, dk1 = _zeros2(BLOCK, HEAD, TAIL)
     dv0, dv1 = _zeros2(BLOCK, HEAD, TAIL)
-    start, whole, end = _walk(first, n, window, BLOCK, STEP, BAND)
+    start, whole, end = _walk(first, live, window, BLOCK, STEP, BAND)
     if not BAND:
         for at in tl.range(start, whole, STEP):
             dk0, dk1, dv0, dv1 = _key_step(
-                at, k0, k1, v0, v1, qkv + inside, grad + outside, lse + row, delta + row, columns, n, h, steep, window,
+                at, k0, k1, v0, v1, qkv + inside, grad + outside, lse + row, delta + row, columns, live, h, steep, window,
                 dk0, dk1, dv0, dv1, D, HEAD, TAIL, STEP, False, False,
             )  # fmt: skip
     for at in tl.range(whole, end, STEP):
         dk0, dk1, dv0, dv1 = _key_step(
-            at, k0, k1, v0, v1, qkv + inside, grad + outside, lse + row, delta + row, columns, n, h, steep, window,
+            at, k0, k1, v0, v1, qkv + inside, grad + outside, lse + row, delta + row, columns, live, h, steep, window,
             dk0, dk1, dv0, dv1, D, HEAD, TAIL, STEP, True, BAND,
         )  # fmt: skip
+    if SHORTER:  # a key beyond the length was loaded as zeros, whose probability is none: its sums mean nothing
+        inside_length = (columns < live)[:, None]
+        dk0, dv0 = tl.where(inside_length, dk0, 0.0), tl.where(inside_length, dv0, 0.0)
+        dk1, dv1 = tl.where(inside_length, dk1, 0.0), tl.where(inside_length, dv1, 0.0)
     _store2(dqkv + inside + h * D, columns, n, stride, dk0 * scale, dk1 * scale, D, HEAD, TAIL)
     _store2(dqkv + inside + 2 * h * D, columns, n, stride, dv0, dv1, D, HEAD, TAIL)

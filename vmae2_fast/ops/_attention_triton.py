@@ -97,17 +97,22 @@ def _tiles(qkv: Tensor) -> Tiles:
     return tiles(10 * major + minor, qkv.shape[4], qkv.dtype)
 
 
-def _launch(kernel: Any, tile: Tile, qkv: Tensor, window: int | None, *arguments: Any, **constants: Any) -> None:
+def _launch(
+    kernel: Any, tile: Tile, qkv: Tensor, scale: float, window: int | None, lengths: Tensor | None, *tensors: Tensor,
+    **constants: Any,
+) -> None:  # fmt: skip
     b, n, _, h, d = qkv.shape
     head, tail = operand_widths(d, qkv.dtype)
     launch(
-        kernel, triton.cdiv(n, tile.block) * b * h, *arguments, 0 if window is None else min(window, n), warps=tile.warps,
-        stages=tile.stages, fused=True, D=d, HEAD=head, TAIL=tail, BLOCK=tile.block, STEP=tile.step, BAND=window is not None,
-        **constants,
+        kernel, triton.cdiv(n, tile.block) * b * h, *tensors, qkv if lengths is None else lengths.contiguous(), n, h, scale,
+        0 if window is None else min(window, n), warps=tile.warps, stages=tile.stages, fused=True, D=d, HEAD=head, TAIL=tail,
+        BLOCK=tile.block, STEP=tile.step, BAND=window is not None, SHORTER=lengths is not None, **constants,
     )  # fmt: skip
 
 
-def forward(qkv: Tensor, scale: float, window: int | None, choice: Tiles | None = None) -> tuple[Tensor, Tensor]:
+def forward(
+    qkv: Tensor, scale: float, window: int | None, lengths: Tensor | None, choice: Tiles | None = None
+) -> tuple[Tensor, Tensor]:
     """(out, lse) of packed qkv, as the op returns them. Raises ValueError for a sample too large for 31-bit offsets."""
     b, n, _, h, d = qkv.shape
     if n * 3 * h * d >= 2**31:
@@ -120,21 +125,21 @@ def forward(qkv: Tensor, scale: float, window: int | None, choice: Tiles | None 
     lse = torch.empty((b, h, n), dtype=torch.float32, device=qkv.device)
     choice = choice or _tiles(qkv)
     tile = choice.short if n <= SHORT else choice.forward
-    _launch(kernels.forward, tile, qkv, window, qkv, out, lse, n, h, scale, NEGATIVE=scale < 0)
+    _launch(kernels.forward, tile, qkv, scale, window, lengths, qkv, out, lse, NEGATIVE=scale < 0)
     return out, lse
 
 
 def backward(
-    grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, scale: float, window: int | None, choice: Tiles | None = None
-) -> Tensor:
+    grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, scale: float, window: int | None, lengths: Tensor | None,
+    choice: Tiles | None = None,
+) -> Tensor:  # fmt: skip
     """dqkv, packed as qkv is; the same bits in every run."""
     grad, qkv, out, lse = grad.contiguous(), qkv.contiguous(), out.contiguous(), lse.contiguous()
-    n, h = qkv.shape[1], qkv.shape[3]
     dqkv, delta = torch.empty_like(qkv), torch.empty_like(lse)
     choice = choice or _tiles(qkv)
     # Queries first: that kernel has the rows of grad and out at hand, and leaves delta for the other.
-    _launch(kernels.backward_queries, choice.queries, qkv, window, grad, qkv, out, lse, delta, dqkv, n, h, scale)
-    _launch(kernels.backward_keys, choice.keys, qkv, window, grad, qkv, lse, delta, dqkv, n, h, scale)
+    _launch(kernels.backward_queries, choice.queries, qkv, scale, window, lengths, grad, qkv, out, lse, delta, dqkv)
+    _launch(kernels.backward_keys, choice.keys, qkv, scale, window, lengths, grad, qkv, lse, delta, dqkv)
     return dqkv
 
 
@@ -144,8 +149,8 @@ FAMILIES = {80: (80,), 86: (86, 89, 120), 90: (90,), 100: (100,)}
 
 
 def aot_configurations() -> list[Configuration]:
-    """Every head dim in bfloat16, for many tokens and few; 88 also with a window, and in float32. float16 differs from
-    bfloat16 in conversions only."""
+    """Every head dim in bfloat16, for many tokens and few; 88 also with a window and lengths, and in float32. float16 differs
+    from bfloat16 in conversions only."""
     found: list[Configuration] = []
     cases = [(d, torch.bfloat16, None) for d in HEAD_DIMS] + [(88, torch.bfloat16, 9), (88, torch.float32, None)]
     for family, archs in FAMILIES.items():
@@ -154,8 +159,9 @@ def aot_configurations() -> list[Configuration]:
             name = f"attention {d} {str(dtype)[6:]}{'' if window is None else ' window'} sm_{family}"
             for n in (SHORT, 2048) if choice.short != choice.forward else (2048,):
                 qkv = torch.empty(1, n, 3, 1, d, dtype=dtype)
+                lengths = None if window is None else torch.empty(1, dtype=torch.int32)
                 lse = torch.empty(1, 1, n)
-                found += configurations(f"{name} {n} tokens", forward, qkv, 0.1, window, choice, archs=archs)
+                found += configurations(f"{name} {n} tokens", forward, qkv, 0.1, window, lengths, choice, archs=archs)
             out = qkv[:, :, 0]
-            found += configurations(f"{name}", backward, out, qkv, out, lse, 0.1, window, choice, archs=archs)
+            found += configurations(f"{name}", backward, out, qkv, out, lse, 0.1, window, lengths, choice, archs=archs)
     return found

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import backend
-from ._register import check, kernel
+from ._register import check, kernel, register_backends
 
 STREAM = "Tensor x, Tensor? branch, Tensor? gamma, Tensor? drop, Tensor norm_weight, Tensor norm_bias, float eps"
 STREAM_BACKWARD = (
@@ -181,14 +181,30 @@ STREAMS = {
 }
 
 
-def choose(op: str, x: Tensor, norm_weight: Tensor) -> str:
-    """The backend of a half-block for this input."""
-    return backend.pick(op, x.device, x.dtype, norm_weight.dtype)
+def register(op: str, run: Callable[..., Any]) -> None:
+    """Make the backends of a half-block known: `run` with each backend's `Stream` as its first argument."""
+    runs = {name: functools.partial(run, stream) for name, stream in STREAMS.items()}
+    register_backends(op, runs["reference"], triton=runs["triton"])
+
+
+def details(x: Tensor, norm_weight: Tensor) -> tuple[Any, ...]:
+    """What `backend.pick` and `backend.argument` are told of a half-block's input."""
+    return x.device, x.dtype, norm_weight.dtype
 
 
 def body(op: str) -> Callable[..., Any]:
-    """The opaque body of a half-block, whose arguments begin with those of `STREAM`."""
-    return opaque(lambda *args: backend.run(op, choose(op, args[0], args[4]), *args))
+    """The opaque body of a half-block, whose arguments begin with those of `STREAM` and end with the backend."""
+
+    def run(*args: Any) -> Any:
+        *given, name = args
+        return backend.run(op, name or backend.pick(op, *details(given[0], given[4])), *given)
+
+    return opaque(run)
+
+
+def backward_body(op: str) -> Callable[..., Any]:
+    """The opaque body of a half-block's backward, whose last argument is the backend its forward ran."""
+    return opaque(lambda *args: backend.run(op, args[-1], *args[:-1]))
 
 
 def fake_stream(x: Tensor, branch: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -220,14 +236,14 @@ def fake_stream_backward(
 
 
 def save_stream(ctx: Any, op: str, inputs: tuple[Any, ...], output: tuple[Tensor, ...], *more: Tensor | None) -> None:
-    """setup_context of a half-block with inputs (x, branch, gamma, drop, norm weight, norm bias, ...) and output
+    """setup_context of a half-block with inputs (x, branch, gamma, drop, norm weight, norm bias, ..., backend) and output
     (x_new, result, mean, rstd, ...). `more` is saved behind the stream's own eight tensors."""
     x, branch, gamma, drop, weight, bias = inputs[:6]
     x_new, _, mean, rstd = output[:4]
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[2:], *([x_new] if branch is None else []))
     ctx.branch_dtype = None if branch is None else branch.dtype
-    ctx.backend = choose(op, x, weight)
+    ctx.backend = inputs[-1] or backend.pick(op, *details(x, weight))
     ctx.save_for_backward(
         x if branch is None else x_new, mean, rstd, branch if gamma is not None else None, gamma, drop, weight, bias, *more
     )

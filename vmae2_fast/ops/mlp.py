@@ -9,15 +9,15 @@ Dtypes and what is saved are those of `norm_qkv`, and the pre-activation u; Laye
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from .. import backend
 from . import _half_block as hb
-from ._register import define, register_backends
+from ._register import define
 
 
 def _norm_mlp_forward(
@@ -82,9 +82,8 @@ def _norm_mlp_gradients(
     return *grads, dfc1, dfc1_bias, dfc2, dfc2_bias
 
 
-_forward = {name: functools.partial(_norm_mlp_forward, stream) for name, stream in hb.STREAMS.items()}
-NORM_MLP_BACKWARD = {name: functools.partial(_norm_mlp_gradients, stream) for name, stream in hb.STREAMS.items()}
-register_backends("norm_mlp", _forward["reference"], triton=_forward["triton"])
+hb.register("norm_mlp", _norm_mlp_forward)
+hb.register("norm_mlp_backward", _norm_mlp_gradients)
 
 
 def _fake_norm_mlp(
@@ -100,9 +99,10 @@ def _fake_norm_mlp(
     fc2_weight: Tensor,
     fc2_bias: Any,
     dtype: torch.dtype,
+    _: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     x_new, mean, rstd = hb.fake_stream(x, branch)
-    b, n, _ = x.shape
+    b, n, _c = x.shape
     out = x.new_empty((b, n, fc2_weight.shape[0]), dtype=dtype)
     return x_new, out, mean, rstd, x.new_empty((b, n, fc1_weight.shape[0]), dtype=dtype)
 
@@ -141,12 +141,12 @@ def _norm_mlp_autograd(ctx: Any, grad_x: Tensor | None, grad_out: Tensor | None,
     needs = [wanted[i] for i in (2, 4, 5, 7, 8, 9, 10)]
     grads = _norm_mlp_backward(grad_x, grad_out, x, *stream, ctx.branch_dtype, needs, ctx.eps, *rest, ctx.backend)
     weight_grads = [g if need else None for g, need in zip(grads[5:], needs[3:])]
-    return *hb.stream_grads(ctx, grads), *weight_grads, None
+    return *hb.stream_grads(ctx, grads), *weight_grads, None, None
 
 
 _WEIGHTS = "Tensor fc1_weight, Tensor? fc1_bias, Tensor fc2_weight, Tensor? fc2_bias"
 _norm_mlp = define(
-    f"norm_mlp({hb.STREAM}, {_WEIGHTS}, ScalarType dtype) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"norm_mlp({hb.STREAM}, {_WEIGHTS}, ScalarType dtype, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     hb.body("norm_mlp"),
     _fake_norm_mlp,
     backward=_norm_mlp_autograd,
@@ -155,7 +155,7 @@ _norm_mlp = define(
 _norm_mlp_backward = define(
     f"norm_mlp_backward({hb.STREAM_BACKWARD}, float eps, {_WEIGHTS}, Tensor pre_activation, str backend) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    hb.opaque(lambda *args: NORM_MLP_BACKWARD[args[-1]](*args[:-1])),
+    hb.backward_body("norm_mlp_backward"),
     _fake_norm_mlp_backward,
 )
 
@@ -208,6 +208,7 @@ def norm_mlp(
     hb.check_linear("norm_mlp", "fc2", fc2_weight, fc2_bias, fc1_weight.shape[0])
     dtype = hb.compute_dtype(x.device, fc1_weight.dtype)
     x_new, out, _, _, _ = _norm_mlp(
-        x, branch, gamma, drop, norm_weight, norm_bias, eps, fc1_weight, fc1_bias, fc2_weight, fc2_bias, dtype
-    )
+        x, branch, gamma, drop, norm_weight, norm_bias, eps, fc1_weight, fc1_bias, fc2_weight, fc2_bias, dtype,
+        backend.argument("norm_mlp", *hb.details(x, norm_weight)),
+    )  # fmt: skip
     return x if branch is None else x_new, out

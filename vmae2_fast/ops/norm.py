@@ -11,13 +11,13 @@ in the autocast dtype, or in the weight's when autocast is off. Saved for backwa
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from .. import backend
 from . import _half_block as hb
 from ._register import check, define, register_backends
 
@@ -76,15 +76,14 @@ def _norm_qkv_gradients(
     return *grads, dweight, hb.bias_grad(grad[:, :c], q_bias, needs[4]), hb.bias_grad(grad[:, 2 * c :], v_bias, needs[5])
 
 
-_forward = {name: functools.partial(_norm_qkv_forward, stream) for name, stream in hb.STREAMS.items()}
-RESIDUAL_NORM_BACKWARD = {name: stream.backward for name, stream in hb.STREAMS.items()}
-NORM_QKV_BACKWARD = {name: functools.partial(_norm_qkv_gradients, stream) for name, stream in hb.STREAMS.items()}
 register_backends("residual_norm", hb.STREAMS["reference"].forward, triton=hb.STREAMS["triton"].forward)
-register_backends("norm_qkv", _forward["reference"], triton=_forward["triton"])
+register_backends("residual_norm_backward", hb.STREAMS["reference"].backward, triton=hb.STREAMS["triton"].backward)
+hb.register("norm_qkv", _norm_qkv_forward)
+hb.register("norm_qkv_backward", _norm_qkv_gradients)
 
 
 def _fake_residual_norm(
-    x: Tensor, branch: Tensor | None, gamma: Any, drop: Any, weight: Any, bias: Any, eps: float, dtype: torch.dtype
+    x: Tensor, branch: Tensor | None, gamma: Any, drop: Any, weight: Any, bias: Any, eps: float, dtype: torch.dtype, _: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x_new, mean, rstd = hb.fake_stream(x, branch)
     return x_new, x.new_empty(x.shape, dtype=dtype), mean, rstd
@@ -101,7 +100,7 @@ def _residual_norm_autograd(ctx: Any, grad_x: Tensor | None, grad_h: Tensor | No
     needs = [ctx.needs_input_grad[i] for i in (2, 4, 5)]
     grad_h = torch.zeros_like(x) if grad_h is None else grad_h
     grads = _residual_norm_backward(grad_x, grad_h, x, *saved, ctx.branch_dtype, needs, ctx.backend)
-    return *hb.stream_grads(ctx, grads), None
+    return *hb.stream_grads(ctx, grads), None, None
 
 
 def _fake_norm_qkv(
@@ -116,6 +115,7 @@ def _fake_norm_qkv(
     q_bias: Any,
     v_bias: Any,
     dtype: torch.dtype,
+    _: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x_new, mean, rstd = hb.fake_stream(x, branch)
     return x_new, x.new_empty((*x.shape[:2], qkv_weight.shape[0]), dtype=dtype), mean, rstd
@@ -155,12 +155,12 @@ def _norm_qkv_autograd(ctx: Any, grad_x: Tensor | None, grad_qkv: Tensor | None,
     needs = [wanted[i] for i in (2, 4, 5, 7, 8, 9)]
     grads = _norm_qkv_backward(grad_x, grad_qkv, x, *stream, ctx.branch_dtype, needs, ctx.eps, *parameters, ctx.backend)
     weight_grads = [g if need else None for g, need in zip(grads[5:], needs[3:])]
-    return *hb.stream_grads(ctx, grads), *weight_grads, None
+    return *hb.stream_grads(ctx, grads), *weight_grads, None, None
 
 
 _STREAM_GRADS = "Tensor, Tensor, Tensor, Tensor, Tensor"
 _residual_norm = define(
-    f"residual_norm({hb.STREAM}, ScalarType dtype) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"residual_norm({hb.STREAM}, ScalarType dtype, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
     hb.body("residual_norm"),
     _fake_residual_norm,
     backward=_residual_norm_autograd,
@@ -168,11 +168,11 @@ _residual_norm = define(
 )
 _residual_norm_backward = define(
     f"residual_norm_backward({hb.STREAM_BACKWARD}, str backend) -> ({_STREAM_GRADS})",
-    hb.opaque(lambda *args: RESIDUAL_NORM_BACKWARD[args[-1]](*args[:-1])),
+    hb.backward_body("residual_norm_backward"),
     _fake_residual_norm_backward,
 )
 _norm_qkv = define(
-    f"norm_qkv({hb.STREAM}, Tensor qkv_weight, Tensor? q_bias, Tensor? v_bias, ScalarType dtype) "
+    f"norm_qkv({hb.STREAM}, Tensor qkv_weight, Tensor? q_bias, Tensor? v_bias, ScalarType dtype, str backend) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
     hb.body("norm_qkv"),
     _fake_norm_qkv,
@@ -182,7 +182,7 @@ _norm_qkv = define(
 _norm_qkv_backward = define(
     f"norm_qkv_backward({hb.STREAM_BACKWARD}, float eps, Tensor qkv_weight, Tensor? q_bias, Tensor? v_bias, str backend) "
     f"-> ({_STREAM_GRADS}, Tensor, Tensor, Tensor)",
-    hb.opaque(lambda *args: NORM_QKV_BACKWARD[args[-1]](*args[:-1])),
+    hb.backward_body("norm_qkv_backward"),
     _fake_norm_qkv_backward,
 )
 
@@ -220,7 +220,8 @@ def residual_norm(
     Raises ValueError on shapes that do not fit.
     """
     hb.check_stream("residual_norm", x, branch, gamma, drop, weight, bias)
-    x_new, h, _, _ = _residual_norm(x, branch, gamma, drop, weight, bias, eps, hb.compute_dtype(x.device, x.dtype))
+    dtype, name = hb.compute_dtype(x.device, x.dtype), backend.argument("residual_norm", *hb.details(x, weight))
+    x_new, h, _, _ = _residual_norm(x, branch, gamma, drop, weight, bias, eps, dtype, name)
     return x if branch is None else x_new, h
 
 
@@ -257,5 +258,8 @@ def norm_qkv(
         if bias is not None:
             check(bias.shape == (c,), f"norm_qkv: {name} must be [C] = [{c}], got {tuple(bias.shape)}")
     dtype = hb.compute_dtype(x.device, qkv_weight.dtype)
-    x_new, qkv, _, _ = _norm_qkv(x, branch, gamma, drop, norm_weight, norm_bias, eps, qkv_weight, q_bias, v_bias, dtype)
+    name = backend.argument("norm_qkv", *hb.details(x, norm_weight))
+    x_new, qkv, _, _ = _norm_qkv(
+        x, branch, gamma, drop, norm_weight, norm_bias, eps, qkv_weight, q_bias, v_bias, dtype, name
+    )
     return x if branch is None else x_new, qkv

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ..config import OptimConfig
+from .adamw import make_adamw
 from .parallel import World, join_like, local, norm, slice_like
 from .schedule import cosine_schedule, warmup_length
 
@@ -105,8 +106,7 @@ class Optimizer:
         for group in groups:
             group["params"] = [self.slices[n] for n in group["names"]]
         self.sharded = any(isinstance(p, DTensor) for p in self.params.values())
-        # The fused kernel is the one that takes found_inf, which lets the device decide to skip a step.
-        self.adamw = torch.optim.AdamW(groups, lr=self.lr, betas=config.betas, eps=config.eps, fused=True)
+        self.adamw = make_adamw(groups, config, self.lr)
         # A state of its own in AdamW's: it is saved, restored and sharded with the moments.
         self._started: dict[nn.Parameter, Tensor] = {}
         if config.ema_decay is not None:
@@ -132,7 +132,7 @@ class Optimizer:
         """
         lr, weight_decay = self.lr_at(step), self.weight_decay_at(step)
         for group in self.adamw.param_groups:
-            group["lr"] = lr * group["lr_scale"]
+            self.adamw.set_lr(group, lr * group["lr_scale"])
             if group["decays"]:
                 group["weight_decay"] = weight_decay
         for name, p in self.params.items():
@@ -140,12 +140,9 @@ class Optimizer:
                 self.slices[name].grad = local(p.grad)
         size = norm([p.grad for p in self.slices.values() if p.grad is not None], self.sharded, self.world)
         skipped = torch.logical_not(torch.isfinite(size) & torch.isfinite(loss.detach())).to(torch.float32)
-        # The kernel divides gradients by grad_scale while it reads them: clipping costs no pass of its own.
         clip = self.config.clip_grad
         scale = None if clip is None else ((size + 1e-6) / clip).clamp(min=1.0).float()
-        self.adamw.grad_scale = scale  # type: ignore[attr-defined]
-        self.adamw.found_inf = skipped  # type: ignore[attr-defined]
-        self.adamw.step()
+        self.adamw.update(scale, skipped)
         if self.config.ema_decay is not None:
             self._average(self.config.ema_decay)
         return size, skipped
@@ -178,7 +175,7 @@ class Optimizer:
         return {
             f"{n}.{key}": value if key == "step" else join_like(value, p)
             for n, p in self.params.items()
-            for key, value in self.adamw.state.get(self.slices[n], {}).items()
+            for key, value in self.adamw.saved(self.slices[n]).items()
         }
 
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
@@ -192,5 +189,4 @@ class Optimizer:
             mine = value if key == "step" else slice_like(value, p)
             state.setdefault(self.slices[name], {})[key] = mine.to(p.device)
         self._started = {p: value for p, value in self._started.items() if "ema" not in state.get(p, {})}
-        self.adamw.state.clear()
-        self.adamw.state.update(state)  # type: ignore[arg-type]
+        self.adamw.restore(state)
