@@ -63,6 +63,9 @@ class ModelConfig:
     pixel_std: tuple[float, ...] | None = None
     activation_checkpoint: Literal["none", "mlp", "block"] = "none"
     residual_dtype: Literal["float32", "bfloat16"] = "float32"
+    decoder_fp32: bool = False
+    """Projection, decoder and prediction in float32 whatever the precision of the encoder (paper, section on architecture; the
+    released code runs them under autocast too). Pre-training models only."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,8 +247,9 @@ class TrainConfig:
     """Clips of one forward on one rank; None: all of its share at once. Times the ranks it must divide the global batch."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """On several ranks: the whole model on each, or parameters, gradients and moments split over them (FSDP2)."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """bfloat16: autocast."""
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    """bfloat16, float16: autocast, parameters and moments in float32; float16 with a loss scale that adapts itself. On a CPU
+    without bfloat16 instructions bfloat16 becomes float32; float16 is emulated, which is slow."""
     compile: Literal["none", "blocks", "model"] = "none"
     """What torch.compile gets: every transformer block by itself (fast to compile), or the whole model."""
     cuda_graph: bool = False

@@ -28,10 +28,11 @@ def autocast_dtype(precision: str, device_type: str, key: str = "train.precision
     """Autocast dtype of a precision on a device type, None for full precision. key: where the precision was set.
 
     A CPU without bfloat16 instructions emulates them at a fraction of the speed of float32: there float32 is used
-    instead, and stderr says so once. Raises ValueError for a GPU without bfloat16.
+    instead, and stderr says so once. float16, whose range asks for a scaled loss, is what it says everywhere.
+    Raises ValueError for a GPU without bfloat16.
     """
-    if precision == "float32":
-        return None
+    if precision in ("float32", "float16"):
+        return None if precision == "float32" else torch.float16
     if device_type == "cuda" and not torch.cuda.is_bf16_supported():
         raise ValueError(f"{key}=bfloat16: this GPU has no bfloat16; set {key}=float32")
     if device_type == "cpu" and not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):

@@ -74,7 +74,7 @@ def rank_bytes(stage: Stage, ranks: int) -> dict[str, int]:
 
     Parameters, gradients and moments are fp32, with "fsdp" split over the ranks. Activations are those of a micro-batch
     (see `ledger.activation_bytes`). Workspace, an estimate: 16-bit copies of the weights under autocast, whole blocks while
-    they are gathered ("fsdp"), the widest gradients of one block's MLP, a teacher's weights.
+    they are gathered ("fsdp", in the autocast dtype), the widest gradients of one block's MLP, a teacher's weights.
     Raises ValueError as `split_batch` does.
     """
     account, train = _account(stage), stage.train
@@ -93,7 +93,8 @@ def rank_bytes(stage: Stage, ranks: int) -> dict[str, int]:
     kept = 0 if frozen else micro * account["activation_bytes"]["total"]
     widest = max(micro * tokens * (2 * s.mlp_hidden + 2 * s.width) * width for s, tokens in stacks)
     block = max(4 * s.width * s.width + 2 * s.width * s.mlp_hidden for s, _ in stacks)
-    workspace = widest + (2 * 4 * block if shards > 1 else 0) + (width * (block if shards > 1 else total) if width < 4 else 0)
+    copies = 2 * width * block if shards > 1 else width * total if width < 4 else 0
+    workspace = widest + copies
     if isinstance(stage, DistillConfig):
         workspace += 4 * ledger(stage.teacher)["parameters"]["total"]
     out = {
@@ -128,7 +129,8 @@ def budget(stage: Stage, options: BudgetOptions) -> dict[str, Any]:
     steps = None if clips is None else train.epochs * clips // decodes
     sent = 4 * _trained(stage, account["parameters"]["total"])
     if train.parallel == "fsdp":  # gradients once a step; weights for the forward and the backward of each micro-batch
-        traffic = sent * (1 + 2 * micro_batches) * (options.nodes - 1) / options.nodes
+        gathered = sent * BYTES[train.precision] // 4
+        traffic = (sent + 2 * micro_batches * gathered) * (options.nodes - 1) / options.nodes
     else:  # a ring passes each byte twice
         traffic = 2 * sent * (options.nodes - 1) / options.nodes
     return {

@@ -31,7 +31,7 @@ from .checkpoint import load_checkpoint, newest_intact, save_checkpoint
 from .execution import Eager, Graphed, compile_model
 from .ledger import knobs
 from .log import MetricsLog, progress
-from .optim import Optimizer
+from .optim import LossScale, Optimizer
 from .parallel import World, distribute, join
 from .run_directory import START_OVER, RunDirectory
 from .watchdog import Watchdog
@@ -111,7 +111,9 @@ class Trainer:
         train = config.train
         compile_model(self.task.model, train.compile)  # before it is split over ranks
         loss = distribute(self.task, train.parallel, world)
-        self.forward_backward = (Graphed if train.cuda_graph else Eager)(self.task, loss, world)
+        scale = LossScale(device) if self.task.dtype == torch.float16 else None
+        run_batch = Graphed if train.cuda_graph else Eager
+        self.forward_backward = run_batch(self.task, loss, world, None if scale is None else scale.value)
         self.micro_batch, self.micro_batches = split_batch(config, world.size)
         self.decodes = train.global_batch // config.data.views
         self.loader = self.task.training_loader(
@@ -129,7 +131,7 @@ class Trainer:
             )
         self.optimizer = Optimizer(
             self.task.model, config.optim, global_batch=train.global_batch, total_steps=self.total_steps,
-            steps_per_epoch=self.steps_per_epoch, world=world,
+            steps_per_epoch=self.steps_per_epoch, world=world, loss_scale=scale,
         )  # fmt: skip
         self.progress = Progress(epoch_clips=clips)
         if checkpoint is not None:
@@ -244,6 +246,7 @@ class Trainer:
             "clips_per_s": round(steps * train.global_batch / seconds, 3),
             "seconds": round(state.seconds, 3),
             "skipped": state.skipped,
+            **({} if (scale := self.optimizer.loss_scale) is None else {"loss_scale": scale.value.item()}),
             "replaced": sum(state.replaced.values()),
             **self._data_times(),
         }

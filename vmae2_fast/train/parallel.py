@@ -1,7 +1,8 @@
 """Several processes, one run: joining them, splitting a model over them, and what they tell each other.
 
 The same code runs on GPUs (NCCL) and CPUs (gloo). `train.parallel="ddp"` keeps the whole model on every rank,
-`"fsdp"` (FSDP2, `fully_shard` of every block and of the rest) a slice of parameters, gradients and moments. Both
+`"fsdp"` (FSDP2, `fully_shard` of every block and of the rest) a slice of parameters, gradients and moments; blocks are
+gathered and computed in the autocast dtype, their gradients summed in float32, slices and moments are float32. Both
 average gradients over ranks; a step's loss is divided by the count of its *global* batch, so each rank's loss is
 multiplied by the number of ranks before its backward and the average becomes the gradient of the one global loss.
 """
@@ -19,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -175,10 +176,16 @@ def distribute(task: Task[Any], mode: Literal["ddp", "fsdp"], world: World) -> L
 
         return replicated
     mesh = init_device_mesh(task.device.type, (world.size,))
-    for block in [m for m in task.model.modules() if isinstance(m, Block)]:
-        # With LayerScale a block's gamma is used by the next one: it must outlive its block's forward.
-        fully_shard(block, mesh=mesh, reshard_after_forward=block.gamma_2 is None)
-    fully_shard(task.model, mesh=mesh)
+    for name, block in task.model.named_modules():
+        if isinstance(block, Block):
+            # Blocks are gathered and computed in the autocast dtype. What is around them is small and stays float32.
+            exact = task.config.model.decoder_fp32 and name.startswith("decoder.")
+            policy = MixedPrecisionPolicy(
+                param_dtype=None if exact else task.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+            )
+            # With LayerScale a block's gamma is used by the next one: it must outlive its block's forward.
+            fully_shard(block, mesh=mesh, reshard_after_forward=block.gamma_2 is None, mp_policy=policy)
+    fully_shard(task.model, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
     model: Any = task.model
     assert isinstance(model, FSDPModule)
 
