@@ -262,6 +262,8 @@ class TrainConfig:
     keep_checkpoints: int = 2
     keep_every: int = 0
     """Checkpoints whose step is a multiple of this stay for good; 0: none."""
+    async_checkpoint: bool = True
+    """Train on while a checkpoint is written: rank 0 keeps a copy of it in host memory."""
     max_skipped: int = 100
     """Steps in a row that may be skipped for a non-finite loss or gradient before the run ends with exit code 3."""
     log_every: int = 10

@@ -10,14 +10,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import signal
 import sys
-import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -27,14 +24,18 @@ from ..config import RunConfig, divisible
 from ..data.loader import Batch
 from ..models.weights import save_weights
 from ..tasks import Task, create_task
-from .checkpoint import load_checkpoint, newest_intact, save_checkpoint
+from .checkpoint import load_checkpoint, newest_intact
 from .execution import Eager, Graphed, compile_model
+from .interrupt import Interrupt
 from .ledger import knobs
 from .log import MetricsLog, progress
 from .optim import LossScale, Optimizer
 from .parallel import World, distribute, join
 from .run_directory import START_OVER, RunDirectory
+from .saver import Saver
 from .watchdog import Watchdog
+
+_SAVE_FAILED = 1 << 16  # beside the numbers of signals
 
 NOT_FINITE = 3
 """Exit code of a run that was ended by `train.max_skipped` steps in a row without a finite loss and gradient."""
@@ -142,6 +143,9 @@ class Trainer:
                     f"restore the lists, or {START_OVER}"
                 )
         self.saved_step = self.progress.step if checkpoint is not None else -1
+        self.saver = Saver(
+            run.checkpoints, world, keep=train.keep_checkpoints, keep_every=train.keep_every, background=train.async_checkpoint
+        )
         self.log = MetricsLog(run.metrics, enabled=world.first)
         self.log.cut(self.progress.step)
         self.pending: list[dict[str, Tensor]] = []
@@ -161,12 +165,14 @@ class Trainer:
         batches = iter(self.loader)
         bar = progress(self.config.name, self.total_steps, state.step, shown=self.world.first)
         watch = Watchdog(train.stuck_after, self.run.path / f"stuck-rank{self.world.rank}.txt")
-        with self.loader, bar, watch, self._memory():
+        with self.loader, bar, watch, self.saver, self._memory():
             while state.step < self.total_steps:
                 self._step(batches)
                 watch.beat(state.step)
                 # All ranks must leave after the same step, whichever of them was told to.
-                self.stop = self.world.highest(interrupt.signal)
+                self.stop = self.world.highest(_SAVE_FAILED if self.saver.failed else interrupt.signal)
+                if self.stop == _SAVE_FAILED:
+                    self.saver.wait()
                 bar.update(1)
                 last = state.step == self.total_steps
                 if state.step % train.log_every == 0 or last:
@@ -176,6 +182,8 @@ class Trainer:
                     self._validate()
                 if state.step % train.checkpoint_every == 0 or last or self.stop:
                     self._save()
+                if last or self.stop:
+                    self.saver.wait()
                 if self.stop:
                     if self.world.first:
                         again = "run the same command again to go on"
@@ -265,11 +273,8 @@ class Trainer:
             return
         if self.pending:
             self._flush()
-        state, keep = dataclasses.asdict(self.progress), self.config.train.keep_checkpoints
-        save_checkpoint(
-            self.run.checkpoints, state.pop("step"), self.task.model, self.optimizer, state, keep=keep,
-            keep_every=self.config.train.keep_every, world=self.world,
-        )  # fmt: skip
+        state = dataclasses.asdict(self.progress)
+        self.saver.save(state.pop("step"), self.task.model, self.optimizer, state)
         self.saved_step = self.progress.step
 
     def _validate(self) -> dict[str, Any]:
@@ -383,31 +388,3 @@ def _threads(count: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-
-
-class Interrupt:
-    """SIGTERM, SIGUSR1 (a scheduler's warning) and SIGINT set a flag while training, so that the step ends and is saved.
-
-    A second signal ends at once."""
-
-    def __init__(self) -> None:
-        self.signal = 0
-        self.deferred = True
-        self.before: dict[int, Any] = {}
-
-    def __enter__(self) -> Interrupt:
-        if threading.current_thread() is threading.main_thread():
-            self.before = {n: signal.signal(n, self._handle) for n in _SIGNALS}
-        return self
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if not self.deferred or self.signal:
-            raise SystemExit(128 + number)
-        self.signal = number
-
-    def __exit__(self, *exc: object) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)

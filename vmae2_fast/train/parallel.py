@@ -67,14 +67,26 @@ class World:
         dist.all_gather_object(values, value, group=_host_group())
         return values
 
-    def whole(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Sharded tensors put together on the host of rank 0, one at a time through the device; {} on the other ranks."""
+    def whole(self, tensors: Mapping[str, Tensor], buffers: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """Sharded tensors put together on the host of rank 0, one at a time through the device; {} on the other ranks.
+
+        buffers: host memory by name to copy into, allocated where it is missing (pinned for tensors of a GPU). Without it
+        what lies whole on the host already is given as it is.
+        """
         out = {}
         for name, tensor in tensors.items():
             value = tensor.detach()
             value = value.full_tensor() if isinstance(value, DTensor) else value
-            if self.first:
+            if not self.first:
+                continue
+            if buffers is None:
                 out[name] = value.cpu().contiguous()
+                continue
+            if name not in buffers:
+                buffers[name] = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
+            out[name] = buffers[name].copy_(value, non_blocking=True)
+        if buffers is not None and torch.cuda.is_initialized():
+            torch.cuda.synchronize()
         return out
 
     def on_first(self, action: Callable[[], T]) -> T:
