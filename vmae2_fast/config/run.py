@@ -143,8 +143,8 @@ class MixConfig:
     def check(self, run: RunConfig) -> None:
         """Raise ValueError unless every micro-batch of `run` holds whole groups."""
         if self.enabled:
-            rows = run.train.micro_batch or run.train.global_batch
-            name = "train.global_batch" if run.train.micro_batch is None else "train.micro_batch"
+            rows = run.train.micro_batch or run.train.global_batch  # of all ranks: `train.batch` looks at the share of each
+            name = "train.micro_batch" if run.train.micro_batch else "train.global_batch"
             divisible(name, rows, "mix.clips * data.views", self.clips * run.data.views)
 
 
@@ -244,7 +244,8 @@ class TrainConfig:
     global_batch: int = 64
     """Clips (views counted) of one optimiser step over all devices; it belongs to the recipe."""
     micro_batch: int | None = None
-    """Clips of one forward on one rank; None: all of its share at once. Times the ranks it must divide the global batch."""
+    """Clips of one forward on one rank; None: all of its share at once; 0: as many as fit its memory, chosen before the first
+    step. Times the ranks it must divide the global batch."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """On several ranks: the whole model on each, or parameters, gradients and moments split over them (FSDP2)."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -273,9 +274,9 @@ class TrainConfig:
     """Epochs between two validations; 0: only at the end."""
 
     def __post_init__(self) -> None:
-        names = ("epochs", "global_batch", "micro_batch", "threads", "checkpoint_every", "keep_checkpoints", "log_every")
+        names = ("epochs", "global_batch", "threads", "checkpoint_every", "keep_checkpoints", "log_every")
         at_least(self, "train", 1, *names, "max_skipped")
-        at_least(self, "train", 0, "validate_every", "keep_every", "stuck_after")
+        at_least(self, "train", 0, "micro_batch", "validate_every", "keep_every", "stuck_after")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -299,7 +300,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         train = self.train
         divisible("train.global_batch", train.global_batch, "data.views", self.data.views)
-        if train.micro_batch is not None:
+        if train.micro_batch:
             divisible("train.global_batch", train.global_batch, "train.micro_batch", train.micro_batch)
             divisible("train.micro_batch", train.micro_batch, "data.views", self.data.views)
         require(

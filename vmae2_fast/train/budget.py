@@ -15,8 +15,9 @@ from ..config import ClassifyConfig, DistillConfig, MaskConfig, PretrainConfig, 
 from ..data.labelled_sets import PUBLISHED_CLIPS
 from ..models import VisionTransformer, build_model
 from ..models.sizes import resolve
+from .batch import micro_batches as possible_micro_batches
+from .batch import split_batch
 from .ledger import BYTES, knobs, ledger
-from .loop import split_batch
 
 
 class Card(NamedTuple):
@@ -34,6 +35,10 @@ CARDS = {
     "h100": Card(989, 67, 80),
     "h200": Card(989, 67, 141),
 }
+
+
+SHARE = 0.95
+"""Of a card's memory that a run may count on: the driver and fragments take the rest."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -107,13 +112,29 @@ def rank_bytes(stage: Stage, ranks: int) -> dict[str, int]:
     return {**out, "total": sum(out.values())}
 
 
+def sized(stage: Stage, ranks: int, available: float) -> Stage:
+    """The stage with a `train.micro_batch` in place of 0: the largest whose `rank_bytes` are at most `available`, or else the
+    smallest there is."""
+    if stage.train.micro_batch != 0:
+        return stage
+
+    def cut(micro: int) -> Stage:
+        return dataclasses.replace(stage, train=dataclasses.replace(stage.train, micro_batch=micro))
+
+    smallest, *larger = [cut(micro) for micro in possible_micro_batches(stage, ranks)]
+    return next((s for s in reversed(larger) if rank_bytes(s, ranks)["total"] <= available), smallest)
+
+
 def budget(stage: Stage, options: BudgetOptions) -> dict[str, Any]:
     """The budget of one stage as plain JSON values; bytes, seconds and FLOPs in those units, days as days.
 
     epoch_clips, steps, days: None where the number of clips is not known (`options.clips`).
     Raises ValueError where the global batch cannot be cut over the GPUs.
     """
-    card, ranks, train = CARDS[options.card], options.gpus * options.nodes, stage.train
+    card, ranks = CARDS[options.card], options.gpus * options.nodes
+    room = SHARE * card.memory * 1e9
+    stage = sized(stage, ranks, room)
+    train = stage.train
     account = _account(stage)
     memory = rank_bytes(stage, ranks)
     micro, micro_batches = split_batch(stage, ranks)
@@ -142,7 +163,7 @@ def budget(stage: Stage, options: BudgetOptions) -> dict[str, Any]:
         "micro_batches": micro_batches,
         "bytes_per_gpu": memory,
         "card_bytes": int(card.memory * 1e9),
-        "fits": memory["total"] <= 0.95 * card.memory * 1e9,
+        "fits": memory["total"] <= room,
         "macs_clip": account["macs"]["executed"]["total"],
         "macs_clip_published": account["macs"]["published"]["total"],
         "flops_step": flops * train.global_batch,

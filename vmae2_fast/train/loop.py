@@ -20,15 +20,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import RunConfig, divisible
+from ..config import RunConfig
 from ..data.loader import Batch
 from ..models.weights import save_weights
 from ..tasks import Task, create_task
+from .batch import split_batch
 from .checkpoint import load_checkpoint, newest_intact
 from .execution import Eager, Graphed, compile_model
 from .interrupt import Interrupt
-from .ledger import knobs
 from .log import MetricsLog, progress
+from .memory import naming_knobs, with_micro_batch
 from .optim import LossScale, Optimizer
 from .parallel import World, distribute, join
 from .run_directory import START_OVER, RunDirectory
@@ -99,6 +100,7 @@ class Trainer:
     """Everything one run needs while it runs, on one rank."""
 
     def __init__(self, config: RunConfig, run: RunDirectory, device: torch.device, world: World) -> None:
+        config = with_micro_batch(config, run.plan, device, world)
         self.config, self.run, self.world = config, run, world
         torch.manual_seed(config.seed)
         self.task: Task[Any] = create_task(config, device)  # type: ignore[arg-type]
@@ -165,7 +167,8 @@ class Trainer:
         batches = iter(self.loader)
         bar = progress(self.config.name, self.total_steps, state.step, shown=self.world.first)
         watch = Watchdog(train.stuck_after, self.run.path / f"stuck-rank{self.world.rank}.txt")
-        with self.loader, bar, watch, self.saver, self._memory():
+        out_of_memory = naming_knobs(self.config, self.task.device, self.micro_batch)
+        with self.loader, bar, watch, self.saver, out_of_memory:
             while state.step < self.total_steps:
                 self._step(batches)
                 watch.beat(state.step)
@@ -190,16 +193,6 @@ class Trainer:
                         print(f"{self.config.name}: saved step {state.step}; {again}", file=sys.stderr)
                     raise SystemExit(128 + self.stop)
         interrupt.deferred = False  # from here on all is saved: a signal may end the process at once
-
-    @contextlib.contextmanager
-    def _memory(self) -> Iterator[None]:
-        try:
-            yield
-        except torch.OutOfMemoryError as error:
-            raise ValueError(
-                f"{self.config.name}: out of memory on {self.task.device} with {self.micro_batch} clips a forward and rank "
-                f"({str(error).splitlines()[0]}); try {knobs(self.config)}"
-            ) from error
 
     def _step(self, batches: Iterator[Batch]) -> None:
         state, clips = self.progress, self.config.train.global_batch
@@ -332,18 +325,6 @@ class Trainer:
         }
         self.world.on_first(lambda: self.run.finish(summary))
         return summary
-
-
-def split_batch(config: RunConfig, ranks: int) -> tuple[int, int]:
-    """(clips of one forward, forwards of one step) on each of `ranks` ranks.
-
-    Raises ValueError with the nearest valid values if the global batch cannot be cut so.
-    """
-    train, views = config.train, config.data.views
-    divisible("train.global_batch", train.global_batch, "ranks x data.views", ranks * views)
-    micro = train.micro_batch or train.global_batch // ranks
-    divisible("train.global_batch", train.global_batch, "ranks x train.micro_batch", ranks * micro)
-    return micro, train.global_batch // (ranks * micro)
 
 
 def accumulate(

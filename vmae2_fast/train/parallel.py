@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import re
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypeVar
@@ -40,6 +41,8 @@ class World:
     rank: int = 0
     size: int = 1
     local_rank: int = 0
+    local_size: int = 1
+    """Processes of the run on this machine."""
 
     @property
     def first(self) -> bool:
@@ -124,12 +127,16 @@ def placement() -> World:
     """
     env = os.environ
     if "RANK" in env and "WORLD_SIZE" in env:
-        return World(int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0)))
+        size = int(env["WORLD_SIZE"])
+        return World(int(env["RANK"]), size, int(env.get("LOCAL_RANK", 0)), int(env.get("LOCAL_WORLD_SIZE", size)))
     if "SLURM_STEP_ID" in env and int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
         missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in env]
         if missing:
             raise ValueError(f"this Slurm step has several tasks but no {' and '.join(missing)}; export the first node's")
-        return World(int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"]), int(env.get("SLURM_LOCALID", 0)))
+        size = int(env["SLURM_STEP_NUM_TASKS"])
+        # "8(x2),4": tasks of the nodes
+        here = re.split(r"[(,]", env.get("SLURM_STEP_TASKS_PER_NODE", str(size)))[0]
+        return World(int(env["SLURM_PROCID"]), size, int(env.get("SLURM_LOCALID", 0)), int(here))
     return World()
 
 
