@@ -60,6 +60,24 @@ def test_two_ranks_learn_what_one_learns(clips, single, tmp_path, mode, micro):
 
 
 @full
+def test_two_copies_of_two_shards_learn_what_one_rank_learns(clips, single, tmp_path):
+    """Four ranks as two machines of two; stopped, they are followed by one process."""
+    stop = ranks.at_step("if number == 6 and rank == 3: os.kill(os.getpid(), signal.SIGUSR1)")
+    split = {"parallel": "hsdp", "shard_within": 2}
+    code, output = ranks.run(4, clips, tmp_path / "out", before=stop, **split)
+    assert "saved step 7" in output
+    code, output = ranks.run(4, clips, tmp_path / "whole", **split)
+    assert code == 0, output
+    assert train(tiny.pretrain_config(clips, tmp_path / "out"))["steps"] == 12
+    theirs = read_metrics(Path(single["directory"]) / "metrics.jsonl")
+    lines = read_metrics(tmp_path / "whole" / "tiny_pretrain" / "metrics.jsonl")
+    for name in ("loss", "grad_norm"):
+        assert [line[name] for line in lines] == pytest.approx([line[name] for line in theirs], rel=1e-5)
+    resumed = read_metrics(tmp_path / "out" / "tiny_pretrain" / "metrics.jsonl")
+    assert resumed[-1]["loss"] == pytest.approx(theirs[-1]["loss"], rel=1e-5)
+
+
+@full
 def test_a_crashed_rank_is_started_again_and_the_end_has_the_same_bits(clips, tmp_path):
     code, output = ranks.run(2, clips, tmp_path / "whole", parallel="fsdp")
     assert code == 0, output

@@ -246,8 +246,11 @@ class TrainConfig:
     micro_batch: int | None = None
     """Clips of one forward on one rank; None: all of its share at once; 0: as many as fit its memory, chosen before the first
     step. Times the ranks it must divide the global batch."""
-    parallel: Literal["ddp", "fsdp"] = "ddp"
-    """On several ranks: the whole model on each, or parameters, gradients and moments split over them (FSDP2)."""
+    parallel: Literal["ddp", "fsdp", "hsdp"] = "ddp"
+    """On several ranks: the whole model on each, or parameters, gradients and moments split over all of them (FSDP2), or over
+    those of a machine, with a copy on each machine (hybrid)."""
+    shard_within: int | None = None
+    """Ranks that share one copy with parallel=hsdp; None: those of a machine."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     """bfloat16, float16: autocast, parameters and moments in float32; float16 with a loss scale that adapts itself. On a CPU
     without bfloat16 instructions bfloat16 becomes float32; float16 is emulated, which is slow."""
@@ -274,7 +277,7 @@ class TrainConfig:
     """Epochs between two validations; 0: only at the end."""
 
     def __post_init__(self) -> None:
-        names = ("epochs", "global_batch", "threads", "checkpoint_every", "keep_checkpoints", "log_every")
+        names = ("epochs", "global_batch", "shard_within", "threads", "checkpoint_every", "keep_checkpoints", "log_every")
         at_least(self, "train", 1, *names, "max_skipped")
         at_least(self, "train", 0, "micro_batch", "validate_every", "keep_every", "stuck_after")
 

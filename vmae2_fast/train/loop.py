@@ -113,7 +113,7 @@ class Trainer:
             torch.manual_seed(config.seed + world.rank * 2**32)  # the model is the same on all ranks, drop path is not
         train = config.train
         compile_model(self.task.model, train.compile)  # before it is split over ranks
-        loss = distribute(self.task, train.parallel, world)
+        loss = distribute(self.task, world)
         scale = LossScale(device) if self.task.dtype == torch.float16 else None
         run_batch = Graphed if train.cuda_graph else Eager
         self.forward_backward = run_batch(self.task, loss, world, None if scale is None else scale.value)

@@ -49,8 +49,8 @@ def with_micro_batch(config: RunConfig, plan: Path, device: torch.device, world:
     split_batch(config, world.size)
     room = int(SHARE * min(world.gather(available_bytes(device, world))))
     known = world.on_first(lambda: _planned(plan, config, world))
-    chosen: Any = sized(config, world.size, room) if known is None else _cut(config, known)  # type: ignore[arg-type]
-    needed = rank_bytes(chosen, world.size)["total"]
+    chosen: Any = sized(config, world.size, room, world.local_size) if known is None else _cut(config, known)  # type: ignore[arg-type]
+    needed = rank_bytes(chosen, world.size, world.local_size)["total"]
     _, forwards = split_batch(chosen, world.size)
     entry = {
         "ranks": world.size, "global_batch": config.train.global_batch, "micro_batch": chosen.train.micro_batch,

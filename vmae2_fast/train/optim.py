@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ..config import OptimConfig
-from .parallel import World, join_like, local, norm, slice_like
+from .parallel import World, copies, join_like, local, norm, slice_like
 from .schedule import cosine_schedule, warmup_length
 
 NO_DECAY = ("pos_embed", "cls_token", "mask_token")
@@ -125,7 +125,7 @@ class Optimizer:
         self.slices = {n: nn.Parameter(local(p.detach())) if isinstance(p, DTensor) else p for n, p in self.params.items()}
         for group in groups:
             group["params"] = [self.slices[n] for n in group["names"]]
-        self.sharded = any(isinstance(p, DTensor) for p in self.params.values())
+        self.copies = max((copies(p) for p in self.params.values()), default=0)
         # The fused kernel is the one that takes found_inf, which lets the device decide to skip a step.
         self.adamw = torch.optim.AdamW(groups, lr=self.lr, betas=config.betas, eps=config.eps, fused=True)
         # A state of its own in AdamW's: it is saved, restored and sharded with the moments.
@@ -158,9 +158,9 @@ class Optimizer:
             if group["decays"]:
                 group["weight_decay"] = weight_decay
         for name, p in self.params.items():
-            if self.sharded and p.grad is not None:
+            if self.copies and p.grad is not None:
                 self.slices[name].grad = local(p.grad)
-        size = norm([p.grad for p in self.slices.values() if p.grad is not None], self.sharded, self.world)
+        size = norm([p.grad for p in self.slices.values() if p.grad is not None], self.copies, self.world)
         factor = None if self.loss_scale is None else self.loss_scale.value.clone()
         if factor is not None:
             size = size / factor

@@ -2,9 +2,10 @@
 
 The same code runs on GPUs (NCCL) and CPUs (gloo). `train.parallel="ddp"` keeps the whole model on every rank,
 `"fsdp"` (FSDP2, `fully_shard` of every block and of the rest) a slice of parameters, gradients and moments; blocks are
-gathered and computed in the autocast dtype, their gradients summed in float32, slices and moments are float32. Both
-average gradients over ranks; a step's loss is divided by the count of its *global* batch, so each rank's loss is
-multiplied by the number of ranks before its backward and the average becomes the gradient of the one global loss.
+gathered and computed in the autocast dtype, their gradients summed in float32, slices and moments are float32.
+`"hsdp"` does so within each machine and keeps a copy on every one. All average gradients over ranks; a step's loss is
+divided by the count of its *global* batch, so each rank's loss is multiplied by the number of ranks before its backward and
+the average becomes the gradient of the one global loss.
 """
 
 from __future__ import annotations
@@ -174,11 +175,24 @@ class _LossModule(nn.Module):
         return self.task.loss(batch)
 
 
-def distribute(task: Task[Any], mode: Literal["ddp", "fsdp"], world: World) -> Loss:
-    """Spread `task.model`, whose parameters must be the same on all ranks, and give its loss function.
+def shards(mode: Literal["ddp", "fsdp", "hsdp"], within: int | None, ranks: int, local_ranks: int) -> int:
+    """Ranks that one copy of the model is split over. Raises ValueError where they do not divide `ranks`."""
+    if mode != "hsdp":
+        return ranks if mode == "fsdp" else 1
+    count = within or local_ranks
+    if ranks % count:
+        raise ValueError(f"train.parallel=hsdp: {count} ranks a copy do not divide {ranks} ranks; set train.shard_within")
+    return count
+
+
+def distribute(task: Task[Any], world: World) -> Loss:
+    """Spread `task.model`, whose parameters must be the same on all ranks, as `train.parallel` says; gives its loss function.
 
     Gradients are averaged over ranks in the backward of a step's last batch only. Call before the optimiser is built.
+    Raises ValueError as `shards` does.
     """
+    train = task.config.train
+    mode = train.parallel
     if world.size == 1:
         return lambda batch, last: task.loss(batch)
     if mode == "ddp":
@@ -194,7 +208,11 @@ def distribute(task: Task[Any], mode: Literal["ddp", "fsdp"], world: World) -> L
                 return ddp(batch)
 
         return replicated
-    mesh = init_device_mesh(task.device.type, (world.size,))
+    if mode == "hsdp":
+        count = shards(mode, train.shard_within, world.size, world.local_size)
+        mesh = init_device_mesh(task.device.type, (world.size // count, count), mesh_dim_names=("replicate", "shard"))
+    else:
+        mesh = init_device_mesh(task.device.type, (world.size,))
     for name, block in task.model.named_modules():
         if isinstance(block, Block):
             # Blocks are gathered and computed in the autocast dtype. What is around them is small and stays float32.
@@ -235,7 +253,15 @@ def slice_like(value: Tensor, like: Tensor) -> Tensor:
     return placed.to_local()
 
 
-def norm(gradients: list[Tensor], sharded: bool, world: World) -> Tensor:
-    """Euclidean norm over all gradients: of slices on all ranks if `sharded`, else of this rank's; a device scalar."""
+def copies(parameter: Tensor) -> int:
+    """How many copies of a sharded tensor the ranks hold together; 0: it is not sharded."""
+    if not isinstance(parameter, DTensor):
+        return 0
+    return parameter.device_mesh.size(0) if parameter.device_mesh.ndim > 1 else 1
+
+
+def norm(gradients: list[Tensor], copies: int, world: World) -> Tensor:
+    """Euclidean norm over all gradients: of slices of which the ranks hold `copies` together, or, with 0, of this rank's;
+    a device scalar."""
     value = torch.nn.utils.get_total_norm(gradients)
-    return world.sum(value.square()).sqrt() if sharded else value
+    return (world.sum(value.square()) / copies).sqrt() if copies else value

@@ -76,7 +76,7 @@ def preflight(config: RunConfig, *, device: torch.device | str | None = None) ->
             "checkpoint_bytes": sum(file.stat().st_size for file in files),
             "checkpoint_seconds": {"held": saver.held_s, "write": saver.write_s, "read": read - written},
             "peak_bytes": peak or None,
-            "ledger_bytes": rank_bytes(config, world.size)["total"],  # type: ignore[arg-type]
+            "ledger_bytes": rank_bytes(trainer.config, world.size, world.local_size)["total"],  # type: ignore[arg-type]
         }
     finally:
         if world.first:  # without a word to the others: one that failed would not answer
