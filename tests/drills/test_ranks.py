@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -57,6 +58,18 @@ def test_two_ranks_learn_what_one_learns(clips, single, tmp_path, mode, micro):
     assert ours.keys() == theirs.keys()
     worst = max(float((ours[n] - theirs[n]).norm() / theirs[n].norm().clamp(min=1e-3)) for n in ours)
     assert worst < 1e-3  # twelve steps of AdamW amplify the other order of summation
+
+
+@full
+def test_sharded_ranks_start_from_the_weights_one_starts_from(clips, single, tmp_path):
+    init = single["weights"]
+    alone = train(dataclasses.replace(tiny.pretrain_config(clips, tmp_path / "alone"), init=init))
+    before = f"import dataclasses; config = dataclasses.replace(config, init={init!r})"
+    code, output = ranks.run(2, clips, tmp_path / "out", before=before, parallel="fsdp")
+    assert code == 0, output
+    losses = _losses(tmp_path / "out" / "tiny_pretrain")
+    assert losses == pytest.approx(_losses(alone["directory"]), rel=1e-5)
+    assert losses[0] < _losses(single["directory"])[0]
 
 
 @full

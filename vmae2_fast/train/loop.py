@@ -103,17 +103,19 @@ class Trainer:
         config = with_micro_batch(config, run.plan, device, world)
         self.config, self.run, self.world = config, run, world
         torch.manual_seed(config.seed)
-        self.task: Task[Any] = create_task(config, device)  # type: ignore[arg-type]
-        checkpoint = world.on_first(lambda: newest_intact(run.checkpoints))
-        if config.init and checkpoint is None:
-            report = self.task.load_init(config.init)
-            if world.first:
-                print(report, file=sys.stderr)
-        if world.rank:
-            torch.manual_seed(config.seed + world.rank * 2**32)  # the model is the same on all ranks, drop path is not
         train = config.train
+        split = world.size > 1 and train.parallel != "ddp"
+        self.task: Task[Any] = create_task(config, device, on_meta=split)  # type: ignore[arg-type]
+        checkpoint = world.on_first(lambda: newest_intact(run.checkpoints))
+        init = config.init if checkpoint is None else None
+        if not self.task.on_meta:
+            self._load_init(init)
         compile_model(self.task.model, train.compile)  # before it is split over ranks
         loss = distribute(self.task, world)
+        if self.task.on_meta:
+            self._load_init(init)
+        if world.rank:
+            torch.manual_seed(config.seed + world.rank * 2**32)  # the model is the same on all ranks, drop path is not
         scale = LossScale(device) if self.task.dtype == torch.float16 else None
         run_batch = Graphed if train.cuda_graph else Eager
         self.forward_backward = run_batch(self.task, loss, world, None if scale is None else scale.value)
@@ -155,6 +157,12 @@ class Trainer:
         self.stop = 0
         if world.first:
             run.write_environment()
+
+    def _load_init(self, source: str | None) -> None:
+        if source:
+            report = self.task.load_init(source)
+            if self.world.first:
+                print(report, file=sys.stderr)
 
     def fit(self, interrupt: Interrupt) -> None:
         """Train up to the last step. Raises SystemExit after saving if a signal arrived."""

@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -188,6 +188,8 @@ def shards(mode: Literal["ddp", "fsdp", "hsdp"], within: int | None, ranks: int,
 def distribute(task: Task[Any], world: World) -> Loss:
     """Spread `task.model`, whose parameters must be the same on all ranks, as `train.parallel` says; gives its loss function.
 
+    A model on the meta device is split first, then gets memory for its slices and its initial values: the same as on one rank,
+    drawn from torch's host generator, which must stand alike on all ranks.
     Gradients are averaged over ranks in the backward of a step's last batch only. Call before the optimiser is built.
     Raises ValueError as `shards` does.
     """
@@ -224,7 +226,9 @@ def distribute(task: Task[Any], world: World) -> Loss:
             fully_shard(block, mesh=mesh, reshard_after_forward=block.gamma_2 is None, mp_policy=policy)
     fully_shard(task.model, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
     model: Any = task.model
-    assert isinstance(model, FSDPModule)
+    if task.on_meta:  # no rank ever holds more than its slices and one whole parameter
+        model.to_empty(device=task.device)
+        model.init_weights()
 
     def sharded(batch: Batch, last: bool) -> dict[str, Tensor]:
         model.set_requires_gradient_sync(last)
