@@ -4,11 +4,12 @@ The sources are tables of your `datasets.toml` (README, "Your own data"): k710, 
 count views: 2048 clips x 4 views. Where the paper's table of pre-training settings and the released scripts disagree,
 `variant` chooses: "official" is the script (lr 1e-3 without clipping, except for ViT-g: 6e-4 and clip 0.02; 800 effective
 epochs for ViT-B), "paper" the table (base lr 1.5e-4 at batch 8192 views, clip 0.02, 1200 effective epochs, loss divided
-by all decoded tokens) for every size. ViT-S has no script of its own: it takes ViT-B's values.
+by all decoded tokens, decoder in float32) for every size. ViT-S has no script of its own: it takes ViT-B's values.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 from pathlib import Path
@@ -125,7 +126,7 @@ def _hybrid(
     return PretrainConfig(
         name=name or f"pretrain_vit_{size}_hybrid",
         cites=f"VideoMAE V2, {'table of pre-training settings' if variant == 'paper' else f'vit_{size} pre-training script'}",
-        model=_model(size),
+        model=dataclasses.replace(_model(size), decoder_fp32=variant == "paper"),
         mask=MaskConfig(encoder_ratio=0.9, decoder="running_cell", decoder_ratio=0.5),
         data=DataConfig(
             sources=mixture, datasets=datasets, stride=4, sampling="pretrain", views=4, crop="multi_scale", workers=8

@@ -73,9 +73,10 @@ def test_unknown_keys_and_files_are_named(tmp_path) -> None:
     ("make", "message"),
     [
         *((lambda key=key: TrainConfig(**{key: 0}), rf"^train\.{key}=0: must be at least 1$") for key in (
-            "epochs", "global_batch", "micro_batch", "threads", "checkpoint_every", "keep_checkpoints", "log_every",
+            "epochs", "global_batch", "shard_within", "threads", "checkpoint_every", "keep_checkpoints", "log_every",
         )),
         (lambda: TrainConfig(validate_every=-1), r"^train\.validate_every=-1: must be at least 0$"),
+        (lambda: TrainConfig(micro_batch=-1), r"^train\.micro_batch=-1: must be at least 0$"),
         *((lambda key=key: DataConfig(**{key: 0}), rf"^data\.{key}=0: must be at least 1$")
           for key in ("stride", "views", "prefetch")),
         *((lambda key=key: DataConfig(**{key: -1}), rf"^data\.{key}=-1: must be at least 0$")

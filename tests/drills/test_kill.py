@@ -73,15 +73,16 @@ def whole(clips, tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("where", "left"),
-    [("step", 8), ("half a save", 4), ("before commit", 4), ("after commit", 8)],
-    ids=lambda v: str(v).replace(" ", "_"),
+    # killed in a step, the save before it may still be on its way to the disk
+    [("step", (4, 8)), ("half a save", (4,)), ("before commit", (4,)), ("after commit", (8,))],
+    ids=lambda v: v.replace(" ", "_") if isinstance(v, str) else "",
 )
 def test_killed_and_run_again_ends_with_the_same_bits(clips, whole, tmp_path, where, left):
     child = subprocess.run([sys.executable, "-c", CHILD, where, str(clips), str(tmp_path)], cwd=ROOT, timeout=120)
     assert child.returncode == -signal.SIGKILL
     run = tmp_path / "tiny_pretrain"
     assert not (run / "done.json").exists()
-    assert max(run.glob("checkpoints/step-*")).name == f"step-{left:08d}"
+    assert max(run.glob("checkpoints/step-*")).name in [f"step-{step:08d}" for step in left]
     summary = train(tiny.pretrain_config(clips, tmp_path))
     ours, theirs = load_file(summary["weights"]), load_file(whole["weights"])
     assert ours.keys() == theirs.keys()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -60,6 +61,36 @@ def test_two_ranks_learn_what_one_learns(clips, single, tmp_path, mode, micro):
 
 
 @full
+def test_sharded_ranks_start_from_the_weights_one_starts_from(clips, single, tmp_path):
+    init = single["weights"]
+    alone = train(dataclasses.replace(tiny.pretrain_config(clips, tmp_path / "alone"), init=init))
+    before = f"import dataclasses; config = dataclasses.replace(config, init={init!r})"
+    code, output = ranks.run(2, clips, tmp_path / "out", before=before, parallel="fsdp")
+    assert code == 0, output
+    losses = _losses(tmp_path / "out" / "tiny_pretrain")
+    assert losses == pytest.approx(_losses(alone["directory"]), rel=1e-5)
+    assert losses[0] < _losses(single["directory"])[0]
+
+
+@full
+def test_two_copies_of_two_shards_learn_what_one_rank_learns(clips, single, tmp_path):
+    """Four ranks as two machines of two; stopped, they are followed by one process."""
+    stop = ranks.at_step("if number == 6 and rank == 3: os.kill(os.getpid(), signal.SIGUSR1)")
+    split = {"parallel": "hsdp", "shard_within": 2}
+    code, output = ranks.run(4, clips, tmp_path / "out", before=stop, **split)
+    assert "saved step 7" in output
+    code, output = ranks.run(4, clips, tmp_path / "whole", **split)
+    assert code == 0, output
+    assert train(tiny.pretrain_config(clips, tmp_path / "out"))["steps"] == 12
+    theirs = read_metrics(Path(single["directory"]) / "metrics.jsonl")
+    lines = read_metrics(tmp_path / "whole" / "tiny_pretrain" / "metrics.jsonl")
+    for name in ("loss", "grad_norm"):
+        assert [line[name] for line in lines] == pytest.approx([line[name] for line in theirs], rel=1e-5)
+    resumed = read_metrics(tmp_path / "out" / "tiny_pretrain" / "metrics.jsonl")
+    assert resumed[-1]["loss"] == pytest.approx(theirs[-1]["loss"], rel=1e-5)
+
+
+@full
 def test_a_crashed_rank_is_started_again_and_the_end_has_the_same_bits(clips, tmp_path):
     code, output = ranks.run(2, clips, tmp_path / "whole", parallel="fsdp")
     assert code == 0, output
@@ -89,8 +120,20 @@ def test_two_ranks_then_one_then_two_see_the_same_samples(clips, single, tmp_pat
     assert [line["loss"] for line in lines if line["step"] in theirs][-1] == pytest.approx(theirs[12], rel=1e-5)
 
 
-@pytest.mark.parametrize("mode", ["ddp", pytest.param("fsdp", marks=full)])
-def test_nan_on_one_rank_skips_the_step_on_both(clips, tmp_path, mode):
+def test_two_ranks_sharded_in_float16_stay_in_the_band_of_one(clips, single, tmp_path):
+    """Blocks gathered in float16, gradients summed in float32, one loss scale."""
+    alone = train(tiny.with_train(tiny.pretrain_config(clips, tmp_path / "alone"), precision="float16"))
+    code, output = ranks.run(2, clips, tmp_path / "out", parallel="fsdp", micro_batch=1, precision="float16")
+    assert code == 0, output
+    exact, band, ours = (_losses(d) for d in (single["directory"], alone["directory"], tmp_path / "out" / "tiny_pretrain"))
+    assert max(abs(a - e) for a, e in zip(ours, exact)) <= 2 * max(abs(b - e) for b, e in zip(band, exact))
+    assert _done(tmp_path / "out")["skipped_steps"] == 0
+
+
+@pytest.mark.parametrize(
+    ("mode", "precision"), [("ddp", "float32"), pytest.param("fsdp", "float32", marks=full), ("fsdp", "float16")]
+)
+def test_nan_on_one_rank_skips_the_step_on_both(clips, tmp_path, mode, precision):
     poison = """
 original_loss = Task.loss
 def poisoned(self, batch):
@@ -103,8 +146,10 @@ poisoned.calls = 0
 Task.loss = poisoned
 """
     before = "from vmae2_fast.tasks.pretrain import PretrainTask as Task\n" + poison
-    code, output = ranks.run(2, clips, tmp_path / "out", parallel=mode, before=before)
+    code, output = ranks.run(2, clips, tmp_path / "out", parallel=mode, before=before, precision=precision)
     assert code == 0, output
+    last = read_metrics(tmp_path / "out" / "tiny_pretrain" / "metrics.jsonl")[-1]
+    assert last.get("loss_scale") == (2.0**15 if precision == "float16" else None)
     done = _done(tmp_path / "out")
     assert done["skipped_steps"] == 1
     assert done["steps"] == 12

@@ -99,8 +99,8 @@ class RecordedClips:
 class RecordedTask(PretrainTask):
     """Pre-training on the recorded clips and masks; at step s the masks are rolled by s clips."""
 
-    def __init__(self, config: PretrainConfig, device: torch.device | str = "cpu") -> None:
-        super().__init__(config, device)
+    def __init__(self, config: PretrainConfig, device: torch.device | str = "cpu", *, on_meta: bool = False) -> None:
+        super().__init__(config, device, on_meta=on_meta)
         self.recorded = tensors("models", MODELS[config.name]["start"])
         self.recorded_masks = masks(self.recorded)
 

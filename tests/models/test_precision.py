@@ -48,3 +48,19 @@ def test_loss_curve_in_bfloat16_stays_in_the_band_of_plain_bfloat16(options) -> 
     print(f"{options}: ours {ours.max():.2e} plain {band.max():.2e} of {exact[0]:.3f} -> {exact[-1]:.3f}")
     assert ours.max() <= 2 * band.max()
     assert ours.mean() <= 2 * band.mean()
+
+
+@pytest.mark.parametrize("residual", ["float32", "bfloat16"])
+def test_a_float32_decoder_sees_nothing_of_autocast(monkeypatch, residual) -> None:
+    torch.manual_seed(0)
+    model = pretrain(width=32, depth=2, heads=2, decoder_width=32, decoder_fp32=True, residual_dtype=residual)
+    lists, video = mask(model, 2), clips(2)
+    with torch.autocast("cpu", torch.bfloat16):
+        predicted = model(video, lists)
+        encoded = model.encode(video, lists.visible_index)
+    assert (encoded.dtype, predicted.dtype) == (torch.bfloat16, torch.float32)
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "encode", lambda *_: encoded)
+        assert torch.equal(predicted, model(video, lists))  # the same bits without autocast
+    predicted.sum().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())

@@ -14,7 +14,7 @@ from vmae2_fast.data.augment import OFFICIAL, OFFICIAL_MIX
 from vmae2_fast.models import build_model
 from vmae2_fast.recipes import pretrain, progressive
 from vmae2_fast.recipes_index import all_recipes, find
-from vmae2_fast.train.loop import split_batch
+from vmae2_fast.train.batch import split_batch
 from vmae2_fast.train.optim import scaled_lr
 from vmae2_fast.train.progression import check_stage
 

@@ -24,6 +24,7 @@ from vmae2_fast.tasks import TadTask, create_task
 from vmae2_fast.train import loop, train
 from vmae2_fast.train.loop import accumulate
 from vmae2_fast.train.optim import Optimizer
+from vmae2_fast.train.saver import Saver
 
 TRUNK = ModelConfig(name="vit_small_patch16_224", width=16, depth=1, heads=2, frames=16, size=32)
 DETECTOR = ActionFormerConfig(
@@ -83,8 +84,8 @@ def test_a_killed_run_goes_on_with_the_same_bits(toy, tmp_path, monkeypatch):
                 stopped()
             return keep(*arguments, **keywords)
 
-        keep = loop.save_checkpoint
-        patch.setattr(loop, "save_checkpoint", save_once)
+        keep = Saver.save
+        patch.setattr(Saver, "save", save_once)
         with pytest.raises(KeyboardInterrupt):
             train(config(toy, tmp_path / "killed"))
     again = train(config(toy, tmp_path / "killed"))

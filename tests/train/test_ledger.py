@@ -142,6 +142,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"activation_checkpoint": "mlp", "layer_scale": 0.1},
     {"activation_checkpoint": "block"},
     {"activation_checkpoint": "block", "layer_scale": 0.1, "drop_path": 0.2},
+    {"decoder_fp32": True, "residual_dtype": "bfloat16"},
 ]
 
 

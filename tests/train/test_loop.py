@@ -19,7 +19,7 @@ from vmae2_fast.data.loader import VideoLoader
 from vmae2_fast.tasks import create_task
 from vmae2_fast.train import loop, train
 from vmae2_fast.train.log import read_metrics
-from vmae2_fast.train.optim import Optimizer
+from vmae2_fast.train.optim import LossScale, Optimizer
 
 
 @pytest.fixture(scope="module")
@@ -141,6 +141,26 @@ def test_resume_is_bitwise(clips, tmp_path, monkeypatch, kind):
     assert parts["validation"] == whole["validation"]
     ours, theirs = (tiny.metrics_without_time(Path(s["directory"]) / "metrics.jsonl") for s in (whole, parts))
     assert ours == theirs
+
+
+def test_float16_finds_its_loss_scale_and_goes_on_bitwise(clips, tmp_path, monkeypatch):
+    initial = LossScale.__init__.__defaults__
+    monkeypatch.setattr(LossScale.__init__, "__defaults__", ("cpu", 2.0**30))  # far beyond what float16 holds
+    whole, part = (tiny.with_train(tiny.pretrain_config(clips, tmp_path / n), precision="float16") for n in "ab")
+    whole = tiny.with_train(whole, epochs=20)
+    part = tiny.with_train(part, epochs=20)
+    summary = train(whole)
+    lines = read_metrics(Path(summary["directory"]) / "metrics.jsonl")
+    skipped = summary["skipped_steps"]
+    assert summary["precision"] == "float16"
+    assert 0 < skipped < 40
+    assert lines[-1]["loss_scale"] == 2.0 ** (30 - skipped)
+    assert summary["last_loss"] < 0.95 * summary["first_loss"]
+    _train_until(monkeypatch, 9, part)
+    monkeypatch.setattr(LossScale.__init__, "__defaults__", initial)
+    again = train(part)
+    assert _same_weights(again["weights"], summary["weights"])
+    assert again["skipped_steps"] == skipped
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])

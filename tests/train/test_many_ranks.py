@@ -11,7 +11,7 @@ import torch
 
 from tests import tiny_runs as tiny
 from vmae2_fast.data import VideoLoader, workers
-from vmae2_fast.train.loop import split_batch
+from vmae2_fast.train.batch import split_batch
 from vmae2_fast.train.parallel import World, placement
 
 
@@ -59,17 +59,20 @@ def test_where_a_process_stands(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_STEP_ID", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     assert placement() == World()
-    for name, value in {"STEP_ID": "0", "STEP_NUM_TASKS": "16", "PROCID": "9", "LOCALID": "1"}.items():
+    step = {"STEP_ID": "0", "STEP_NUM_TASKS": "16", "STEP_TASKS_PER_NODE": "8(x2)", "PROCID": "9", "LOCALID": "1"}
+    for name, value in step.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
     with pytest.raises(ValueError, match="no MASTER_ADDR and MASTER_PORT"):
         placement()
     monkeypatch.setenv("MASTER_ADDR", "node0")
     monkeypatch.setenv("MASTER_PORT", "29500")
-    assert placement() == World(9, 16, 1)
+    assert placement() == World(9, 16, 1, 8)
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("LOCAL_RANK", "3")
-    assert placement() == World(3, 4, 3)
+    assert placement() == World(3, 4, 3, 4)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert placement().local_size == 2
 
 
 def test_alone_nothing_is_communicated():
@@ -79,4 +82,4 @@ def test_alone_nothing_is_communicated():
     assert world.gather("a") == ["a"]
     with pytest.raises(ValueError, match="told"):
         world.on_first(lambda: (_ for _ in ()).throw(ValueError("told")))
-    assert dataclasses.astuple(world) == (0, 1, 0)
+    assert dataclasses.astuple(world) == (0, 1, 0, 1)

@@ -10,7 +10,7 @@ from torch import nn
 
 from vmae2_fast.config import OptimConfig
 from vmae2_fast.train import adamw
-from vmae2_fast.train.optim import Optimizer, parameter_groups, scaled_lr
+from vmae2_fast.train.optim import LossScale, Optimizer, parameter_groups, scaled_lr
 
 
 def _optimizer(model: nn.Module, **config) -> Optimizer:
@@ -287,3 +287,58 @@ def test_eight_bits_follow_torch_and_survive_a_checkpoint():
     for optimizer, m in ((first, ours), (second, again)):
         steps(optimizer, m, range(4, 6))
     assert (ours[0].weight - again[0].weight).norm() < 0.1 * (ours[0].weight - before).norm()
+
+
+def _scaled(scale: LossScale, **config) -> tuple[nn.Module, Optimizer]:
+    model = _model()
+    config = OptimConfig(**{"lr": 0.1, "lr_batch": 0, **config})
+    return model, Optimizer(model, config, global_batch=1, total_steps=10, steps_per_epoch=10, loss_scale=scale)
+
+
+def test_a_scaled_loss_gives_the_same_steps_and_norms():
+    plain, scale = _model(), LossScale()
+    scaled, theirs = _scaled(scale, clip_grad=0.5)
+    ours = _optimizer(plain, clip_grad=0.5)
+    for step in range(3):
+        ours.zero_grad()
+        theirs.zero_grad()
+        loss = _backward(plain)
+        _backward(scaled, scale.value.item())
+        # a power of two: not one bit is lost
+        assert torch.equal(torch.stack(ours.step(step, loss)), torch.stack(theirs.step(step, loss)))
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), scaled.parameters()))
+
+
+def test_the_loss_scale_shrinks_after_an_overflow_grows_after_peace_and_is_remembered():
+    scale = LossScale(initial=4.0)
+    model, optimizer = _scaled(scale)
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+
+    def step(number: int, factor: float = 1.0) -> float:
+        optimizer.zero_grad()
+        loss = _backward(model)
+        model[0].weight.grad.mul_(factor)
+        return optimizer.step(number, loss)[1].item()
+
+    assert step(0, math.inf) == 1
+    assert scale.value.item() == 2.0
+    assert all(torch.equal(before[n], t) for n, t in model.state_dict().items())
+    assert step(1) == 0
+    scale.finite_steps.fill_(LossScale.GROWTH_STEPS - 1)
+    assert step(2) == 0
+    assert (scale.value.item(), scale.finite_steps.item()) == (4.0, 0)
+    step(3)
+    _, resumed = _scaled(LossScale())
+    resumed.load_state_tensors({n: t.clone() for n, t in optimizer.state_tensors().items()})
+    assert (resumed.loss_scale.value.item(), resumed.loss_scale.finite_steps.item()) == (4.0, 1)
+    for number in range(5):
+        assert step(number, math.nan) == 1
+    assert scale.value.item() == 1.0  # not below
+
+
+def test_states_of_another_precision_are_refused():
+    _, optimizer = _scaled(LossScale())
+    with pytest.raises(ValueError, match="fits no parameter"):
+        _optimizer(_model()).load_state_tensors(optimizer.state_tensors())
+    with pytest.raises(ValueError, match="not written by a float16 run"):
+        optimizer.load_state_tensors({})

@@ -57,6 +57,16 @@ def test_sharding_splits_states_and_activations_follow_the_micro_batch(clips, tm
     assert four["activations"] == 2 * one["activations"]
 
 
+def test_hybrid_sharding_splits_states_over_a_machine(clips, tmp_path):
+    whole = tiny.with_train(tiny.pretrain_config(clips, tmp_path), global_batch=8)
+    hybrid = tiny.with_train(whole, parallel="hsdp")
+    assert rank_bytes(hybrid, 8, 4)["optimizer"] == -(-rank_bytes(whole, 8)["optimizer"] // 4)
+    two = tiny.with_train(hybrid, shard_within=2)
+    assert rank_bytes(two, 8, 4)["optimizer"] == -(-rank_bytes(whole, 8)["optimizer"] // 2)
+    with pytest.raises(ValueError, match=r"3 ranks a copy do not divide 8 ranks; set train.shard_within"):
+        rank_bytes(tiny.with_train(hybrid, shard_within=3), 8)
+
+
 def test_the_published_run_as_a_budget(capsys):
     command = ["ledger", "pretrain:vit_giant_hybrid", "--card", "a100-80", "--nodes", "8", "--mfu", "0.5", "--json"]
     cli.main([*command, "--train.micro-batch", "32"])

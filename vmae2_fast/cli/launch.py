@@ -81,7 +81,7 @@ def _spread(options: LaunchOptions, arguments: list[str]) -> None:
 
 def _run(run: Any, options: LaunchOptions, arguments: list[str]) -> dict[str, Any]:
     from ..report import missing
-    from ..train.loop import split_batch
+    from ..train.batch import split_batch
     from ..train.parallel import leave, placement
     from ..train.progression import check_stage, describe, selected, smoke
 

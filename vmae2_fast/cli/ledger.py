@@ -19,11 +19,12 @@ def ledger(
     size: int = 224,
     num_classes: int = 0,
     views: int = 1,
-    precision: Literal["float32", "bfloat16"] = "bfloat16",
+    precision: Literal["float32", "bfloat16", "float16"] = "bfloat16",
     residual_dtype: Literal["float32", "bfloat16"] = "float32",
     activation_checkpoint: Literal["none", "mlp", "block"] = "none",
     layer_scale: float = 0.0,
     drop_path: float = 0.0,
+    decoder_fp32: bool = False,
     mask: MaskConfig = _DUAL,
 ) -> dict[str, Any]:
     """Print a model's parameters, tokens, multiply-accumulates and bytes before anything runs.
@@ -47,6 +48,7 @@ def ledger(
         activation_checkpoint: what is recomputed in the backward.
         layer_scale: initial value of the branch scales; above 0 a block keeps its branches.
         drop_path: of the last block.
+        decoder_fp32: the decoder outside autocast.
         mask: dual masking of pre-training models.
     """
     from ..train.ledger import ledger as account
@@ -55,6 +57,7 @@ def ledger(
     config = ModelConfig(
         name=model, frames=frames, size=size, num_classes=num_classes, residual_dtype=residual_dtype,
         activation_checkpoint=activation_checkpoint, layer_scale=layer_scale, drop_path=drop_path,
+        decoder_fp32=decoder_fp32,
     )  # fmt: skip
     result = account(config, mask, precision=precision, views=views)
     print(table(result))

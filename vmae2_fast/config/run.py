@@ -63,6 +63,9 @@ class ModelConfig:
     pixel_std: tuple[float, ...] | None = None
     activation_checkpoint: Literal["none", "mlp", "block"] = "none"
     residual_dtype: Literal["float32", "bfloat16"] = "float32"
+    decoder_fp32: bool = False
+    """Projection, decoder and prediction in float32 whatever the precision of the encoder (paper, section on architecture; the
+    released code runs them under autocast too). Pre-training models only."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,8 +143,8 @@ class MixConfig:
     def check(self, run: RunConfig) -> None:
         """Raise ValueError unless every micro-batch of `run` holds whole groups."""
         if self.enabled:
-            rows = run.train.micro_batch or run.train.global_batch
-            name = "train.global_batch" if run.train.micro_batch is None else "train.micro_batch"
+            rows = run.train.micro_batch or run.train.global_batch  # of all ranks: `train.batch` looks at the share of each
+            name = "train.micro_batch" if run.train.micro_batch else "train.global_batch"
             divisible(name, rows, "mix.clips * data.views", self.clips * run.data.views)
 
 
@@ -244,11 +247,16 @@ class TrainConfig:
     global_batch: int = 64
     """Clips (views counted) of one optimiser step over all devices; it belongs to the recipe."""
     micro_batch: int | None = None
-    """Clips of one forward on one rank; None: all of its share at once. Times the ranks it must divide the global batch."""
-    parallel: Literal["ddp", "fsdp"] = "ddp"
-    """On several ranks: the whole model on each, or parameters, gradients and moments split over them (FSDP2)."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """bfloat16: autocast."""
+    """Clips of one forward on one rank; None: all of its share at once; 0: as many as fit its memory, chosen before the first
+    step. Times the ranks it must divide the global batch."""
+    parallel: Literal["ddp", "fsdp", "hsdp"] = "ddp"
+    """On several ranks: the whole model on each, or parameters, gradients and moments split over all of them (FSDP2), or over
+    those of a machine, with a copy on each machine (hybrid)."""
+    shard_within: int | None = None
+    """Ranks that share one copy with parallel=hsdp; None: those of a machine."""
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    """bfloat16, float16: autocast, parameters and moments in float32; float16 with a loss scale that adapts itself. On a CPU
+    without bfloat16 instructions bfloat16 becomes float32; float16 is emulated, which is slow."""
     compile: Literal["none", "blocks", "model"] = "none"
     """What torch.compile gets: every transformer block by itself (fast to compile), or the whole model."""
     cuda_graph: bool = False
@@ -261,6 +269,8 @@ class TrainConfig:
     keep_checkpoints: int = 2
     keep_every: int = 0
     """Checkpoints whose step is a multiple of this stay for good; 0: none."""
+    async_checkpoint: bool = True
+    """Train on while a checkpoint is written: rank 0 keeps a copy of it in host memory."""
     max_skipped: int = 100
     """Steps in a row that may be skipped for a non-finite loss or gradient before the run ends with exit code 3."""
     log_every: int = 10
@@ -270,9 +280,9 @@ class TrainConfig:
     """Epochs between two validations; 0: only at the end."""
 
     def __post_init__(self) -> None:
-        names = ("epochs", "global_batch", "micro_batch", "threads", "checkpoint_every", "keep_checkpoints", "log_every")
+        names = ("epochs", "global_batch", "shard_within", "threads", "checkpoint_every", "keep_checkpoints", "log_every")
         at_least(self, "train", 1, *names, "max_skipped")
-        at_least(self, "train", 0, "validate_every", "keep_every", "stuck_after")
+        at_least(self, "train", 0, "micro_batch", "validate_every", "keep_every", "stuck_after")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -296,7 +306,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         train = self.train
         divisible("train.global_batch", train.global_batch, "data.views", self.data.views)
-        if train.micro_batch is not None:
+        if train.micro_batch:
             divisible("train.global_batch", train.global_batch, "train.micro_batch", train.micro_batch)
             divisible("train.micro_batch", train.micro_batch, "data.views", self.data.views)
         require(

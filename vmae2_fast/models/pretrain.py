@@ -7,6 +7,8 @@ reads a value back to the host, so a step can be captured as a CUDA graph.
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 from collections.abc import Collection
 from typing import Literal
 
@@ -43,7 +45,7 @@ class Decoder(nn.Module):
 
     def __init__(self, spec: StackSpec, outputs: int, config: ModelConfig) -> None:
         super().__init__()
-        self.config = config
+        self.config = dataclasses.replace(config, residual_dtype="float32") if config.decoder_fp32 else config
         self.blocks = make_blocks(spec, config)
         self.norm = nn.LayerNorm(spec.width, eps=output_norm_eps(config))
         self.head = Linear(spec.width, outputs)
@@ -117,8 +119,11 @@ class PretrainViT(nn.Module):
         and gradients are exactly those of decoding all. tokens="decode": K = Nd, those of `mask.decode_index`."""
         if tokens not in ("loss", "decode"):
             raise ValueError(f'tokens must be "loss" or "decode", got {tokens!r}')
-        visible = self.encoder_to_decoder(self.encode(clip, mask.visible_index))
-        sequence = decoder_tokens(visible, self.mask_token, self.decoder_positions(), mask.visible_index, mask.decode_index)
+        encoded = self.encode(clip, mask.visible_index)
         first = mask.visible_index.shape[1]
         rows: Tensor | slice = mask.loss_slot.long() + first if tokens == "loss" else slice(first, None)
-        return self.decoder(sequence, rows)
+        with torch.autocast(clip.device.type, enabled=False) if self.config.decoder_fp32 else contextlib.nullcontext():
+            visible = self.encoder_to_decoder(encoded)
+            table = self.decoder_positions()
+            sequence = decoder_tokens(visible, self.mask_token, table, mask.visible_index, mask.decode_index)
+            return self.decoder(sequence, rows)

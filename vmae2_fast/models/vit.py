@@ -21,6 +21,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
 from ..config import ModelConfig
@@ -337,6 +338,18 @@ def stack(
     return x, pending
 
 
+@torch.no_grad()
+def fill(parameter: Tensor, value: Tensor) -> None:
+    """Write the whole tensor `value` into a parameter; into one that is sharded, this rank's slice of it."""
+    if isinstance(parameter, DTensor):
+        placed = distribute_tensor(
+            value.to(parameter.device, parameter.dtype), parameter.device_mesh, parameter.placements, src_data_rank=None
+        )
+        parameter.to_local().copy_(placed.to_local())
+    else:
+        parameter.copy_(value)
+
+
 def truncated_normal(tensor: Tensor) -> Tensor:
     """Normal values of std 0.02, cut at one std: the inverse of the distribution function, which draws a fixed number of
     values and never looks at them (torch's own rejects and draws again)."""
@@ -354,24 +367,30 @@ def initialise(
 ) -> None:
     """Write the official initial values: `weight` for matrices, 0 for biases, 1 for norm weights, torch's own rule for
     the patch embedding, log 10 for cosine scales, the layer scale for gammas. `special` overrides by parameter name;
-    `only` limits the parameters written (default: all)."""
+    `only` limits the parameters written (default: all). Of a sharded parameter the whole is drawn on the host, one at a time,
+    so that every rank keeps its slice of what one process would have drawn."""
     for prefix, part in module.named_modules():
         for name, value in part.named_parameters(recurse=False):
             key = f"{prefix}.{name}" if prefix else name
             if only is not None and key not in only:
                 continue
+            rule: Callable[[Tensor], object] = nn.init.zeros_
             if special and key in special:
-                special[key](value)
+                rule = special[key]
             elif isinstance(part, nn.Conv3d):
                 bound = 1 / math.sqrt(math.prod(part.weight.shape[1:]))
-                nn.init.uniform_(value, -bound, bound)
+                rule = functools.partial(nn.init.uniform_, a=-bound, b=bound)
             elif isinstance(part, nn.Linear) and name == "weight":
-                weight(value)
+                rule = weight
             elif isinstance(part, nn.LayerNorm) and name == "weight":
-                nn.init.ones_(value)
+                rule = nn.init.ones_
             elif isinstance(part, Block):
-                nn.init.constant_(value, part.layer_scale)
+                rule = functools.partial(nn.init.constant_, val=part.layer_scale)
             elif isinstance(part, Attention) and name == "scale":
-                nn.init.constant_(value, math.log(10))
+                rule = functools.partial(nn.init.constant_, val=math.log(10))
+            if isinstance(value, DTensor):
+                whole = torch.empty(value.shape, dtype=value.dtype)
+                rule(whole)
+                fill(value, whole)
             else:
-                nn.init.zeros_(value)
+                rule(value)

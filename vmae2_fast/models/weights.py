@@ -30,6 +30,7 @@ from .kinetics import MERGED, PARTS, label_map
 from .positions import resize_table
 from .pretrain import PretrainViT
 from .sizes import NATIVE_FRAMES
+from .vit import fill
 
 PRETRAIN_ONLY = ("decoder.", "mask_token", "encoder_to_decoder.")
 Model = PretrainViT | VisionTransformer
@@ -97,7 +98,7 @@ def load_weights(
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             if key in plan.values:
-                parameter.copy_(plan.values[key])
+                fill(parameter, plan.values[key])
     eps = checkpoint.facts.get("norm_eps")
     if eps is not None and eps != (model.config.norm_eps, model.config.output_norm_eps):
         before_head = f", {eps[1]:g} before the head" if eps[1] else ""

@@ -17,12 +17,13 @@ from .tad import TadTask
 __all__ = ["AvaTask", "ClassifyTask", "DistillTask", "PretrainTask", "TadTask", "Task", "create_task"]
 
 
-def create_task(config: Stage, device: torch.device | str = "cpu") -> Task[Any]:
-    """The task of a stage's config, its model on `device`. Raises ValueError for values that do not fit together."""
+def create_task(config: Stage, device: torch.device | str = "cpu", *, on_meta: bool = False) -> Task[Any]:
+    """The task of a stage's config, its model on `device`. on_meta: or, of pre-training and classification, whose models are
+    the large ones, on the meta device (`Task.on_meta`). Raises ValueError for values that do not fit together."""
     if isinstance(config, PretrainConfig):
-        return PretrainTask(config, device)
+        return PretrainTask(config, device, on_meta=on_meta)
     if isinstance(config, ClassifyConfig):
-        return ClassifyTask(config, device)
+        return ClassifyTask(config, device, on_meta=on_meta)
     if isinstance(config, DistillConfig):
         return DistillTask(config, device)
     if isinstance(config, AvaConfig):

@@ -5,13 +5,13 @@ from __future__ import annotations
 import functools
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..config import RunConfig
 from ..data.evaluation_loader import EvaluationLoader, VideoViews
@@ -21,6 +21,7 @@ from ..models import LoadReport, PretrainViT, VisionTransformer, load_weights
 from ..models.actionformer import ActionFormer
 
 Config = TypeVar("Config", bound=RunConfig)
+Model = TypeVar("Model", bound=nn.Module)
 
 
 @functools.cache
@@ -28,10 +29,11 @@ def autocast_dtype(precision: str, device_type: str, key: str = "train.precision
     """Autocast dtype of a precision on a device type, None for full precision. key: where the precision was set.
 
     A CPU without bfloat16 instructions emulates them at a fraction of the speed of float32: there float32 is used
-    instead, and stderr says so once. Raises ValueError for a GPU without bfloat16.
+    instead, and stderr says so once. float16, whose range asks for a scaled loss, is what it says everywhere.
+    Raises ValueError for a GPU without bfloat16.
     """
-    if precision == "float32":
-        return None
+    if precision in ("float32", "float16"):
+        return None if precision == "float32" else torch.float16
     if device_type == "cuda" and not torch.cuda.is_bf16_supported():
         raise ValueError(f"{key}=bfloat16: this GPU has no bfloat16; set {key}=float32")
     if device_type == "cpu" and not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
@@ -47,10 +49,19 @@ class Task(Generic[Config]):
     best_by: str | None = None
     """Metric of `evaluate` whose best weights a run keeps beside the last ones (`best.safetensors`)."""
 
-    def __init__(self, config: Config, device: torch.device | str = "cpu") -> None:
+    def __init__(self, config: Config, device: torch.device | str = "cpu", *, on_meta: bool = False) -> None:
+        """on_meta: leave the model without memory, to be split over ranks before it gets any (`train.parallel.distribute`)."""
         self.config = config
         self.device = torch.device(device)
+        self.on_meta = on_meta
         self.dtype = autocast_dtype(config.train.precision, self.device.type)
+
+    def place(self, build: Callable[[], Model]) -> Model:
+        """What `build` makes, on this task's device, or on the meta device if it was asked for."""
+        if not self.on_meta:
+            return build().to(self.device)
+        with torch.device("meta"):
+            return build()
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Autocast as `train.precision` asks."""

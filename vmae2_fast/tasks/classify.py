@@ -22,9 +22,9 @@ from .metrics.classification import View, classification_metrics, merge_views
 class ClassifyTask(Task[ClassifyConfig]):
     """Cross-entropy with the (mixed, smoothed) targets over `model.num_classes` classes."""
 
-    def __init__(self, config: ClassifyConfig, device: torch.device | str = "cpu") -> None:
-        super().__init__(config, device)
-        self.model = build_classifier(config.model, config.name).to(self.device)
+    def __init__(self, config: ClassifyConfig, device: torch.device | str = "cpu", *, on_meta: bool = False) -> None:
+        super().__init__(config, device, on_meta=on_meta)
+        self.model = self.place(lambda: build_classifier(config.model, config.name))
         if config.frozen:
             self.model.freeze_trunk()
 

@@ -21,14 +21,14 @@ from .base import Task, view_batches
 class PretrainTask(Task[PretrainConfig]):
     """Masks are drawn on the device from each clip's position and view; clips stay uint8 up to the kernels."""
 
-    def __init__(self, config: PretrainConfig, device: torch.device | str = "cpu") -> None:
-        super().__init__(config, device)
-        model = build_model(config.model)
+    def __init__(self, config: PretrainConfig, device: torch.device | str = "cpu", *, on_meta: bool = False) -> None:
+        super().__init__(config, device, on_meta=on_meta)
+        model = self.place(lambda: build_model(config.model))
         if not isinstance(model, PretrainViT):
             raise ValueError(
                 f"{config.name}: pre-training needs a pretrain_videomae_* model, got model.name={config.model.name}"
             )
-        self.model = model.to(self.device)
+        self.model = model
         self.grid: tuple[int, int, int] = model.grid
         self.patch = config.model.size // self.grid[1]
         self.tubelet = config.model.frames // self.grid[0]

@@ -41,7 +41,7 @@ class FeatureConfig:
     """none: pixels in [0, 1], as the released features; imagenet: as the models were trained."""
     batch: int = 16
     """Windows of a forward; changes nothing but speed and memory."""
-    precision: Literal["float32", "bfloat16"] = "float32"
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
 
     def __post_init__(self) -> None:
         for name in ("step", "batch"):

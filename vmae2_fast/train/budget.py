@@ -15,8 +15,10 @@ from ..config import ClassifyConfig, DistillConfig, MaskConfig, PretrainConfig, 
 from ..data.labelled_sets import PUBLISHED_CLIPS
 from ..models import VisionTransformer, build_model
 from ..models.sizes import resolve
+from .batch import micro_batches as possible_micro_batches
+from .batch import split_batch
 from .ledger import BYTES, knobs, ledger
-from .loop import split_batch
+from .parallel import shards
 
 
 class Card(NamedTuple):
@@ -34,6 +36,10 @@ CARDS = {
     "h100": Card(989, 67, 80),
     "h200": Card(989, 67, 141),
 }
+
+
+SHARE = 0.95
+"""Of a card's memory that a run may count on: the driver and fragments take the rest."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,12 +75,13 @@ def epoch_clips(stage: Stage) -> int | None:
     return round(sum(weight * size for weight, size in sizes if size is not None))
 
 
-def rank_bytes(stage: Stage, ranks: int) -> dict[str, int]:
+def rank_bytes(stage: Stage, ranks: int, local_ranks: int | None = None) -> dict[str, int]:
     """Bytes of one of `ranks` GPUs: parameters, gradients, optimizer, activations, workspace, total.
 
-    Parameters, gradients and moments are fp32, with "fsdp" split over the ranks. Activations are those of a micro-batch
+    Parameters, gradients and moments are fp32, with "fsdp" split over the ranks, with "hsdp" over the `local_ranks` of a
+    machine (default: all). Activations are those of a micro-batch
     (see `ledger.activation_bytes`). Workspace, an estimate: 16-bit copies of the weights under autocast, whole blocks while
-    they are gathered ("fsdp"), the widest gradients of one block's MLP, a teacher's weights.
+    they are gathered ("fsdp", "hsdp", in the autocast dtype), the widest gradients of one block's MLP, a teacher's weights.
     Raises ValueError as `split_batch` does.
     """
     account, train = _account(stage), stage.train
@@ -84,7 +91,7 @@ def rank_bytes(stage: Stage, ranks: int) -> dict[str, int]:
     total = parameters["total"]
     trained = _trained(stage, total)
     frozen = trained < total
-    shards = ranks if train.parallel == "fsdp" else 1
+    split = shards(train.parallel, train.shard_within, ranks, local_ranks or ranks)
     width = BYTES[train.precision]
     stacks = [(spec.encoder, account["tokens"].get("visible", account["tokens"]["all"]))]
     if spec.decoder is not None:
@@ -93,17 +100,31 @@ def rank_bytes(stage: Stage, ranks: int) -> dict[str, int]:
     kept = 0 if frozen else micro * account["activation_bytes"]["total"]
     widest = max(micro * tokens * (2 * s.mlp_hidden + 2 * s.width) * width for s, tokens in stacks)
     block = max(4 * s.width * s.width + 2 * s.width * s.mlp_hidden for s, _ in stacks)
-    workspace = widest + (2 * 4 * block if shards > 1 else 0) + (width * (block if shards > 1 else total) if width < 4 else 0)
+    copies = 2 * width * block if split > 1 else width * total if width < 4 else 0
+    workspace = widest + copies
     if isinstance(stage, DistillConfig):
         workspace += 4 * ledger(stage.teacher)["parameters"]["total"]
     out = {
-        "parameters": -(-4 * total // shards),
-        "gradients": -(-4 * trained // shards),
-        "optimizer": -(-(8 + 4 * (stage.optim.ema_decay is not None)) * trained // shards),
+        "parameters": -(-4 * total // split),
+        "gradients": -(-4 * trained // split),
+        "optimizer": -(-(8 + 4 * (stage.optim.ema_decay is not None)) * trained // split),
         "activations": kept,
         "workspace": workspace,
     }
     return {**out, "total": sum(out.values())}
+
+
+def sized(stage: Stage, ranks: int, available: float, local_ranks: int | None = None) -> Stage:
+    """The stage with a `train.micro_batch` in place of 0: the largest whose `rank_bytes` are at most `available`, or else the
+    smallest there is."""
+    if stage.train.micro_batch != 0:
+        return stage
+
+    def cut(micro: int) -> Stage:
+        return dataclasses.replace(stage, train=dataclasses.replace(stage.train, micro_batch=micro))
+
+    smallest, *larger = [cut(micro) for micro in possible_micro_batches(stage, ranks)]
+    return next((s for s in reversed(larger) if rank_bytes(s, ranks, local_ranks)["total"] <= available), smallest)
 
 
 def budget(stage: Stage, options: BudgetOptions) -> dict[str, Any]:
@@ -112,9 +133,12 @@ def budget(stage: Stage, options: BudgetOptions) -> dict[str, Any]:
     epoch_clips, steps, days: None where the number of clips is not known (`options.clips`).
     Raises ValueError where the global batch cannot be cut over the GPUs.
     """
-    card, ranks, train = CARDS[options.card], options.gpus * options.nodes, stage.train
+    card, ranks = CARDS[options.card], options.gpus * options.nodes
+    room = SHARE * card.memory * 1e9
+    stage = sized(stage, ranks, room, options.gpus)
+    train = stage.train
     account = _account(stage)
-    memory = rank_bytes(stage, ranks)
+    memory = rank_bytes(stage, ranks, options.gpus)
     micro, micro_batches = split_batch(stage, ranks)
     flops = account["flops_step"]
     if isinstance(stage, ClassifyConfig) and stage.frozen:
@@ -128,8 +152,9 @@ def budget(stage: Stage, options: BudgetOptions) -> dict[str, Any]:
     steps = None if clips is None else train.epochs * clips // decodes
     sent = 4 * _trained(stage, account["parameters"]["total"])
     if train.parallel == "fsdp":  # gradients once a step; weights for the forward and the backward of each micro-batch
-        traffic = sent * (1 + 2 * micro_batches) * (options.nodes - 1) / options.nodes
-    else:  # a ring passes each byte twice
+        gathered = sent * BYTES[train.precision] // 4
+        traffic = (sent + 2 * micro_batches * gathered) * (options.nodes - 1) / options.nodes
+    else:  # a ring passes each byte twice; "hsdp" gathers weights inside a node
         traffic = 2 * sent * (options.nodes - 1) / options.nodes
     return {
         "stage": stage.name,
@@ -140,7 +165,7 @@ def budget(stage: Stage, options: BudgetOptions) -> dict[str, Any]:
         "micro_batches": micro_batches,
         "bytes_per_gpu": memory,
         "card_bytes": int(card.memory * 1e9),
-        "fits": memory["total"] <= 0.95 * card.memory * 1e9,
+        "fits": memory["total"] <= room,
         "macs_clip": account["macs"]["executed"]["total"],
         "macs_clip_published": account["macs"]["published"]["total"],
         "flops_step": flops * train.global_batch,

@@ -10,6 +10,7 @@
 A checkpoint is written into a temporary directory, synced to disk, and renamed into place. Loading verifies every
 hash; a damaged newest checkpoint is set aside with a message and the one before it is taken. No pickle is ever read.
 Tensors are whole whatever they were split over, so any number of ranks goes on from any checkpoint; rank 0 writes.
+`take_snapshot` copies all to the host, `commit` writes it: `saver.Saver` does that beside the training.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -83,6 +84,38 @@ def set_rng(states: dict[str, Tensor]) -> None:
             torch.cuda.set_rng_state(state, device)
 
 
+class Snapshot(NamedTuple):
+    """All of a checkpoint in the memory of rank 0 (elsewhere without tensors), in the order of `TENSOR_FILES`."""
+
+    model: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    rng: dict[str, Tensor]
+    state: dict[str, Any]
+
+
+def take_snapshot(
+    step: int,
+    model: nn.Module,
+    optimizer: Optimizer,
+    state: dict[str, Any],
+    *,
+    world: World = World(),  # noqa: B008 (frozen)
+    buffers: dict[str, Tensor] | None = None,
+) -> Snapshot:
+    """What a checkpoint of this moment holds; all ranks call it together.
+
+    buffers: host memory by tensor name, filled where it is empty, that the tensors are copied into, so that training may go
+    on; without it they may share the model's memory.
+    """
+    rng = world.gather(rng_tensors())
+    return Snapshot(
+        world.whole(model.state_dict(), buffers),
+        world.whole(optimizer.state_tensors(), buffers),
+        {f"{_of(rank)}{name}": value for rank, states in enumerate(rng) for name, value in states.items()},
+        {"step": step, **state},
+    )
+
+
 def save_checkpoint(
     root: Path,
     step: int,
@@ -100,33 +133,28 @@ def save_checkpoint(
     Raises CheckpointError on every rank when the disk refuses (full, read-only); checkpoints that were there before
     are then untouched.
     """
-    rng = world.gather(rng_tensors())
-    contents = (
-        world.whole(model.state_dict()),
-        world.whole(optimizer.state_tensors()),
-        {f"{_of(rank)}{name}": value for rank, states in enumerate(rng) for name, value in states.items()},
-    )
-    final = root / f"step-{step:08d}"
-    world.on_first(lambda: _commit(final, contents, {"step": step, **state}))
-    if world.first and keep > 0:
-        for old in committed(root)[:-keep]:
-            if not keep_every or int(old.name.removeprefix("step-")) % keep_every:
-                _remove(old)
-    return final
+    snapshot = take_snapshot(step, model, optimizer, state, world=world)
+    world.on_first(lambda: commit(root, snapshot, keep=keep, keep_every=keep_every))
+    return _place(root, step)
+
+
+def _place(root: Path, step: int) -> Path:
+    return root / f"step-{step:08d}"
 
 
 def _of(rank: int) -> str:
     return f"rank{rank}." if rank else ""
 
 
-def _commit(final: Path, contents: tuple[dict[str, Tensor], ...], state: dict[str, Any]) -> None:
-    root, temporary = final.parent, None
+def commit(root: Path, snapshot: Snapshot, *, keep: int = 2, keep_every: int = 0) -> None:
+    """Write one checkpoint and delete those it makes superfluous, in this process alone. Raises CheckpointError."""
+    final, temporary = _place(root, snapshot.state["step"]), None
     try:
         root.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=".tmp-", dir=root))
-        for name, tensors in zip(TENSOR_FILES, contents):
+        for name, tensors in zip(TENSOR_FILES, snapshot[:3]):
             save_file(tensors, temporary / name)
-        (temporary / STATE).write_text(json.dumps(state, indent=1))
+        (temporary / STATE).write_text(json.dumps(snapshot.state, indent=1))
         files = {
             n: {"bytes": (temporary / n).stat().st_size, "sha256": sha256(temporary / n)} for n in (*TENSOR_FILES, STATE)
         }
@@ -144,6 +172,9 @@ def _commit(final: Path, contents: tuple[dict[str, Tensor], ...], state: dict[st
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(f"cannot write checkpoint {final}: {error}; the checkpoints before it are untouched") from error
+    for old in committed(root)[:-keep] if keep > 0 else []:
+        if not keep_every or int(old.name.removeprefix("step-")) % keep_every:
+            _remove(old)
 
 
 def _remove(directory: Path) -> None:

@@ -33,20 +33,25 @@ def compile_model(model: nn.Module, what: Literal["none", "blocks", "model"]) ->
 class Eager:
     """Forward and backward of a micro-batch as they come.
 
-    loss, world: what `parallel.distribute` gave for the ranks of the run; None: the task's own, on one rank.
+    loss, world: what `parallel.distribute` gave for the ranks of the run; None: the task's own, on one rank. scale: scalar on
+    the device that the loss is multiplied by for its backward, read anew each time.
     """
 
-    def __init__(self, task: Task[Any], loss: Loss | None = None, world: World | None = None) -> None:
-        self.task, self.world = task, world or World()
+    def __init__(
+        self, task: Task[Any], loss: Loss | None = None, world: World | None = None, scale: Tensor | None = None
+    ) -> None:
+        self.task, self.world, self.scale = task, world or World(), scale
         self.loss: Loss = loss or (lambda batch, last: task.loss(batch))
 
     def __call__(self, batch: Batch, total: float | Tensor, last: bool = True) -> dict[str, Tensor]:
-        """Add the gradients of `batch`'s loss sum over `total` to the parameters; returns {"loss", and the task's sums}.
+        """Add the (scaled) gradients of `batch`'s loss sum over `total` to the parameters; returns {"loss", and the task's
+        sums}.
 
         total: the count of the global batch; last: whether it is the last of this rank's micro-batches in the step."""
         out = self.loss(batch, last)
         share = out.pop("loss_sum") / total
-        (share * self.world.size).backward()  # the ranks' gradients are averaged
+        driven = share * self.world.size  # the ranks' gradients are averaged
+        (driven if self.scale is None else driven * self.scale).backward()
         return {"loss": share.detach(), **out}
 
 
@@ -57,8 +62,10 @@ class Graphed(Eager):
     ValueError without a GPU, for a task whose loss looks at labels on the host, and for a batch of another shape.
     """
 
-    def __init__(self, task: Task[Any], loss: Loss | None = None, world: World | None = None) -> None:
-        super().__init__(task, loss, world)
+    def __init__(
+        self, task: Task[Any], loss: Loss | None = None, world: World | None = None, scale: Tensor | None = None
+    ) -> None:
+        super().__init__(task, loss, world, scale)
         if self.world.size > 1:
             raise ValueError("train.cuda_graph runs on one rank: set train.cuda_graph=False, or launch with --gpus 1")
         if task.device.type != "cuda" or not torch.cuda.is_available():

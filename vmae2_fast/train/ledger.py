@@ -25,14 +25,15 @@ from ..config import MaskConfig, ModelConfig, RunConfig
 from ..models.sizes import ModelSpec, StackSpec, resolve
 from ..ops.masks import mask_sizes
 
-BYTES = {"float32": 4, "bfloat16": 2}
+Precision = Literal["float32", "bfloat16", "float16"]
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 def ledger(
     model: ModelConfig | str,
     mask: MaskConfig | None = None,
     *,
-    precision: Literal["float32", "bfloat16"] = "bfloat16",
+    precision: Precision = "bfloat16",
     views: int = 1,
 ) -> dict[str, Any]:
     """The whole account of one model as plain JSON values; counts are per clip, bytes per clip or per model as named.
@@ -166,13 +167,14 @@ def activation_bytes(
     counted with its prediction, and so is the uint8 clip it reads again; a classification loss is not, nor dropout in front
     of the head. `activation`: bytes of a value under autocast.
     """
-    residual, policy = BYTES[config.residual_dtype], config.activation_checkpoint
+    policy = config.activation_checkpoint
     scaled = config.layer_scale > 0
     block: dict[str, int] = {}
 
     def stack_bytes(name: str, stack: StackSpec, count: int, kept: int, folded: bool = True, picked: bool = False) -> int:
         """Blocks on `count` tokens, of which `kept` go on behind the last block's attention, copied if `picked` by an index.
         `folded`: a norm follows, and its output is the input of the next product."""
+        activation, residual = decoding if name == "decoder" else encoding
         attention, mlp = block_activation_bytes(
             stack, activation=activation, residual=residual, layer_scale=scaled, checkpoint=policy
         )
@@ -192,6 +194,8 @@ def activation_bytes(
         return total + (kept * ((residual + activation) * stack.width + 8) if folded else 0)
 
     enc, dec, n = spec.encoder, spec.decoder, tokens["all"]
+    encoding = (activation, BYTES[config.residual_dtype])
+    decoding = (4, 4) if config.decoder_fp32 else encoding
     patch = spec.patch_values * activation
     if dec is None:
         first = config.pooling == "first"
@@ -205,7 +209,7 @@ def activation_bytes(
             "encoder": stack_bytes("encoder", enc, visible, visible),
             "decoder": stack_bytes("decoder", dec, sequence, loss, picked=True) + 8 * loss,
             # the prediction, mean and deviation of each target channel, the list of loss tokens
-            "loss": loss * (patch + 8 * spec.channels + 4),
+            "loss": loss * (spec.patch_values * decoding[0] + 8 * spec.channels + 4),
             "clip": spec.frames * spec.size**2 * spec.channels,
         }
     return {"parts": {**out, "total": sum(out.values())}, "block": block}

@@ -10,31 +10,33 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import signal
 import sys
-import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..config import RunConfig, divisible
+from ..config import RunConfig
 from ..data.loader import Batch
 from ..models.weights import save_weights
 from ..tasks import Task, create_task
-from .checkpoint import load_checkpoint, newest_intact, save_checkpoint
+from .batch import split_batch
+from .checkpoint import load_checkpoint, newest_intact
 from .execution import Eager, Graphed, compile_model
-from .ledger import knobs
+from .interrupt import Interrupt
 from .log import MetricsLog, progress
-from .optim import Optimizer
+from .memory import naming_knobs, with_micro_batch
+from .optim import LossScale, Optimizer
 from .parallel import World, distribute, join
 from .run_directory import START_OVER, RunDirectory
+from .saver import Saver
 from .watchdog import Watchdog
+
+_SAVE_FAILED = 1 << 16  # beside the numbers of signals
 
 NOT_FINITE = 3
 """Exit code of a run that was ended by `train.max_skipped` steps in a row without a finite loss and gradient."""
@@ -98,20 +100,25 @@ class Trainer:
     """Everything one run needs while it runs, on one rank."""
 
     def __init__(self, config: RunConfig, run: RunDirectory, device: torch.device, world: World) -> None:
+        config = with_micro_batch(config, run.plan, device, world)
         self.config, self.run, self.world = config, run, world
         torch.manual_seed(config.seed)
-        self.task: Task[Any] = create_task(config, device)  # type: ignore[arg-type]
+        train = config.train
+        split = world.size > 1 and train.parallel != "ddp"
+        self.task: Task[Any] = create_task(config, device, on_meta=split)  # type: ignore[arg-type]
         checkpoint = world.on_first(lambda: newest_intact(run.checkpoints))
-        if config.init and checkpoint is None:
-            report = self.task.load_init(config.init)
-            if world.first:
-                print(report, file=sys.stderr)
+        init = config.init if checkpoint is None else None
+        if not self.task.on_meta:
+            self._load_init(init)
+        compile_model(self.task.model, train.compile)  # before it is split over ranks
+        loss = distribute(self.task, world)
+        if self.task.on_meta:
+            self._load_init(init)
         if world.rank:
             torch.manual_seed(config.seed + world.rank * 2**32)  # the model is the same on all ranks, drop path is not
-        train = config.train
-        compile_model(self.task.model, train.compile)  # before it is split over ranks
-        loss = distribute(self.task, train.parallel, world)
-        self.forward_backward = (Graphed if train.cuda_graph else Eager)(self.task, loss, world)
+        scale = LossScale(device) if self.task.dtype == torch.float16 else None
+        run_batch = Graphed if train.cuda_graph else Eager
+        self.forward_backward = run_batch(self.task, loss, world, None if scale is None else scale.value)
         self.micro_batch, self.micro_batches = split_batch(config, world.size)
         self.decodes = train.global_batch // config.data.views
         self.loader = self.task.training_loader(
@@ -129,7 +136,7 @@ class Trainer:
             )
         self.optimizer = Optimizer(
             self.task.model, config.optim, global_batch=train.global_batch, total_steps=self.total_steps,
-            steps_per_epoch=self.steps_per_epoch, world=world,
+            steps_per_epoch=self.steps_per_epoch, world=world, loss_scale=scale,
         )  # fmt: skip
         self.progress = Progress(epoch_clips=clips)
         if checkpoint is not None:
@@ -140,6 +147,9 @@ class Trainer:
                     f"restore the lists, or {START_OVER}"
                 )
         self.saved_step = self.progress.step if checkpoint is not None else -1
+        self.saver = Saver(
+            run.checkpoints, world, keep=train.keep_checkpoints, keep_every=train.keep_every, background=train.async_checkpoint
+        )
         self.log = MetricsLog(run.metrics, enabled=world.first)
         self.log.cut(self.progress.step)
         self.pending: list[dict[str, Tensor]] = []
@@ -147,6 +157,12 @@ class Trainer:
         self.stop = 0
         if world.first:
             run.write_environment()
+
+    def _load_init(self, source: str | None) -> None:
+        if source:
+            report = self.task.load_init(source)
+            if self.world.first:
+                print(report, file=sys.stderr)
 
     def fit(self, interrupt: Interrupt) -> None:
         """Train up to the last step. Raises SystemExit after saving if a signal arrived."""
@@ -159,12 +175,15 @@ class Trainer:
         batches = iter(self.loader)
         bar = progress(self.config.name, self.total_steps, state.step, shown=self.world.first)
         watch = Watchdog(train.stuck_after, self.run.path / f"stuck-rank{self.world.rank}.txt")
-        with self.loader, bar, watch, self._memory():
+        out_of_memory = naming_knobs(self.config, self.task.device, self.micro_batch)
+        with self.loader, bar, watch, self.saver, out_of_memory:
             while state.step < self.total_steps:
                 self._step(batches)
                 watch.beat(state.step)
                 # All ranks must leave after the same step, whichever of them was told to.
-                self.stop = self.world.highest(interrupt.signal)
+                self.stop = self.world.highest(_SAVE_FAILED if self.saver.failed else interrupt.signal)
+                if self.stop == _SAVE_FAILED:
+                    self.saver.wait()
                 bar.update(1)
                 last = state.step == self.total_steps
                 if state.step % train.log_every == 0 or last:
@@ -174,22 +193,14 @@ class Trainer:
                     self._validate()
                 if state.step % train.checkpoint_every == 0 or last or self.stop:
                     self._save()
+                if last or self.stop:
+                    self.saver.wait()
                 if self.stop:
                     if self.world.first:
                         again = "run the same command again to go on"
                         print(f"{self.config.name}: saved step {state.step}; {again}", file=sys.stderr)
                     raise SystemExit(128 + self.stop)
         interrupt.deferred = False  # from here on all is saved: a signal may end the process at once
-
-    @contextlib.contextmanager
-    def _memory(self) -> Iterator[None]:
-        try:
-            yield
-        except torch.OutOfMemoryError as error:
-            raise ValueError(
-                f"{self.config.name}: out of memory on {self.task.device} with {self.micro_batch} clips a forward and rank "
-                f"({str(error).splitlines()[0]}); try {knobs(self.config)}"
-            ) from error
 
     def _step(self, batches: Iterator[Batch]) -> None:
         state, clips = self.progress, self.config.train.global_batch
@@ -244,6 +255,7 @@ class Trainer:
             "clips_per_s": round(steps * train.global_batch / seconds, 3),
             "seconds": round(state.seconds, 3),
             "skipped": state.skipped,
+            **({} if (scale := self.optimizer.loss_scale) is None else {"loss_scale": scale.value.item()}),
             "replaced": sum(state.replaced.values()),
             **self._data_times(),
         }
@@ -262,11 +274,8 @@ class Trainer:
             return
         if self.pending:
             self._flush()
-        state, keep = dataclasses.asdict(self.progress), self.config.train.keep_checkpoints
-        save_checkpoint(
-            self.run.checkpoints, state.pop("step"), self.task.model, self.optimizer, state, keep=keep,
-            keep_every=self.config.train.keep_every, world=self.world,
-        )  # fmt: skip
+        state = dataclasses.asdict(self.progress)
+        self.saver.save(state.pop("step"), self.task.model, self.optimizer, state)
         self.saved_step = self.progress.step
 
     def _validate(self) -> dict[str, Any]:
@@ -326,18 +335,6 @@ class Trainer:
         return summary
 
 
-def split_batch(config: RunConfig, ranks: int) -> tuple[int, int]:
-    """(clips of one forward, forwards of one step) on each of `ranks` ranks.
-
-    Raises ValueError with the nearest valid values if the global batch cannot be cut so.
-    """
-    train, views = config.train, config.data.views
-    divisible("train.global_batch", train.global_batch, "ranks x data.views", ranks * views)
-    micro = train.micro_batch or train.global_batch // ranks
-    divisible("train.global_batch", train.global_batch, "ranks x train.micro_batch", ranks * micro)
-    return micro, train.global_batch // (ranks * micro)
-
-
 def accumulate(
     task: Task[Any], batches: Iterator[Batch], micro_batches: int, clips: int, forward_backward: Eager | None = None
 ) -> tuple[dict[str, Tensor], list[str]]:
@@ -380,31 +377,3 @@ def _threads(count: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-
-
-class Interrupt:
-    """SIGTERM, SIGUSR1 (a scheduler's warning) and SIGINT set a flag while training, so that the step ends and is saved.
-
-    A second signal ends at once."""
-
-    def __init__(self) -> None:
-        self.signal = 0
-        self.deferred = True
-        self.before: dict[int, Any] = {}
-
-    def __enter__(self) -> Interrupt:
-        if threading.current_thread() is threading.main_thread():
-            self.before = {n: signal.signal(n, self._handle) for n in _SIGNALS}
-        return self
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if not self.deferred or self.signal:
-            raise SystemExit(128 + number)
-        self.signal = number
-
-    def __exit__(self, *exc: object) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)

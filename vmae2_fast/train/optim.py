@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from ..config import OptimConfig
 from .adamw import make_adamw
-from .parallel import World, join_like, local, norm, slice_like
+from .parallel import World, copies, join_like, local, norm, slice_like
 from .schedule import cosine_schedule, warmup_length
 
 NO_DECAY = ("pos_embed", "cls_token", "mask_token")
@@ -77,11 +77,31 @@ def scaled_lr(lr: float, global_batch: int, lr_batch: int) -> float:
     return lr * global_batch / lr_batch if lr_batch else lr
 
 
+class LossScale:
+    """The factor a float16 loss is multiplied by, so that small gradients stay above float16's smallest numbers.
+
+    Halved after a step that was not finite (not below 1), doubled after `GROWTH_STEPS` finite ones in a row: the defaults of
+    `torch.amp.GradScaler` and of the official code. Both numbers stay on the device.
+    """
+
+    GROWTH_STEPS = 2000
+
+    def __init__(self, device: torch.device | str = "cpu", initial: float = 2.0**16) -> None:
+        self.value = torch.full((), initial, device=device)
+        self.finite_steps = torch.zeros((), dtype=torch.int32, device=device)
+
+    def update(self, skipped: Tensor) -> None:
+        """Take note of whether the step was skipped (0 or 1)."""
+        torch._amp_update_scale_(self.value, self.finite_steps, skipped, 2.0, 0.5, self.GROWTH_STEPS)
+        self.value.clamp_(min=1.0)
+
+
 class Optimizer:
     """AdamW over `model` with the schedules of `config` for a run of `total_steps`.
 
     `global_batch` sets the learning rate (see `scaled_lr`), `steps_per_epoch` turns warm-up epochs into steps.
-    A sharded model (`parallel.distribute`) is updated slice by slice, each rank its own.
+    A sharded model (`parallel.distribute`) is updated slice by slice, each rank its own. `loss_scale`: what the loss was
+    multiplied by before its backward.
     """
 
     def __init__(
@@ -93,8 +113,9 @@ class Optimizer:
         total_steps: int,
         steps_per_epoch: float,
         world: World = World(),  # noqa: B008 (frozen)
+        loss_scale: LossScale | None = None,
     ) -> None:
-        self.config, self.world = config, world
+        self.config, self.world, self.loss_scale = config, world, loss_scale
         self.total_steps = total_steps
         self.warmup = warmup_length(config.warmup_epochs, steps_per_epoch)
         self.lr = scaled_lr(config.lr, global_batch, config.lr_batch)
@@ -105,7 +126,7 @@ class Optimizer:
         self.slices = {n: nn.Parameter(local(p.detach())) if isinstance(p, DTensor) else p for n, p in self.params.items()}
         for group in groups:
             group["params"] = [self.slices[n] for n in group["names"]]
-        self.sharded = any(isinstance(p, DTensor) for p in self.params.values())
+        self.copies = max((copies(p) for p in self.params.values()), default=0)
         self.adamw = make_adamw(groups, config, self.lr)
         # A state of its own in AdamW's: it is saved, restored and sharded with the moments.
         self._started: dict[nn.Parameter, Tensor] = {}
@@ -128,7 +149,8 @@ class Optimizer:
     def step(self, step: int, loss: Tensor) -> tuple[Tensor, Tensor]:
         """Update the parameters from their gradients; returns (gradient norm before clipping, skipped 0/1), fp32 scalars.
 
-        Where the norm or `loss` is not finite, parameters, moments and AdamW's own step count stay as they were.
+        Where the norm or `loss` (unscaled) is not finite, parameters, moments and AdamW's own step count stay as they were,
+        and the loss scale is halved.
         """
         lr, weight_decay = self.lr_at(step), self.weight_decay_at(step)
         for group in self.adamw.param_groups:
@@ -136,13 +158,20 @@ class Optimizer:
             if group["decays"]:
                 group["weight_decay"] = weight_decay
         for name, p in self.params.items():
-            if self.sharded and p.grad is not None:
+            if self.copies and p.grad is not None:
                 self.slices[name].grad = local(p.grad)
-        size = norm([p.grad for p in self.slices.values() if p.grad is not None], self.sharded, self.world)
+        size = norm([p.grad for p in self.slices.values() if p.grad is not None], self.copies, self.world)
+        factor = None if self.loss_scale is None else self.loss_scale.value.clone()
+        if factor is not None:
+            size = size / factor
         skipped = torch.logical_not(torch.isfinite(size) & torch.isfinite(loss.detach())).to(torch.float32)
         clip = self.config.clip_grad
         scale = None if clip is None else ((size + 1e-6) / clip).clamp(min=1.0).float()
+        if factor is not None:
+            scale = factor if scale is None else scale * factor
         self.adamw.update(scale, skipped)
+        if self.loss_scale is not None:
+            self.loss_scale.update(skipped)
         if self.config.ema_decay is not None:
             self._average(self.config.ema_decay)
         return size, skipped
@@ -171,22 +200,36 @@ class Optimizer:
                 p.copy_(value)
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """Moments and step counts as `<parameter>.<exp_avg | exp_avg_sq | step>`; moments sharded as their parameter."""
-        return {
+        """Moments and step counts as `<parameter>.<exp_avg | exp_avg_sq | step>`, moments sharded as their parameter, and the
+        state of the loss scale."""
+        state = {
             f"{n}.{key}": value if key == "step" else join_like(value, p)
             for n, p in self.params.items()
             for key, value in self.adamw.saved(self.slices[n]).items()
         }
+        return {**state, **self._scale_state()}
+
+    def _scale_state(self) -> dict[str, Tensor]:
+        scale = self.loss_scale
+        return {} if scale is None else {"loss_scale.value": scale.value, "loss_scale.finite_steps": scale.finite_steps}
 
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """The inverse of `state_tensors`, from whole tensors. Raises ValueError naming one that belongs to no parameter."""
+        """The inverse of `state_tensors`, from whole tensors. Raises ValueError naming one that belongs to no parameter, or
+        is missing."""
         state: dict[nn.Parameter, dict[str, Tensor]] = {}
+        scale = self._scale_state()
+        if missing := scale.keys() - tensors.keys():
+            raise ValueError(f"optimizer state holds no {sorted(missing)[0]}: it was not written by a float16 run")
         for whole, value in tensors.items():
+            if whole in scale:
+                continue
             name, _, key = whole.rpartition(".")
             p = self.params.get(name)
             if p is None or (key != "step" and value.shape != p.shape):
                 raise ValueError(f"optimizer state {whole} of shape {tuple(value.shape)} fits no parameter of this model")
             mine = value if key == "step" else slice_like(value, p)
             state.setdefault(self.slices[name], {})[key] = mine.to(p.device)
+        for name, target in scale.items():
+            target.copy_(tensors[name])
         self._started = {p: value for p, value in self._started.items() if "ema" not in state.get(p, {})}
         self.adamw.restore(state)

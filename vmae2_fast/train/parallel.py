@@ -1,9 +1,11 @@
 """Several processes, one run: joining them, splitting a model over them, and what they tell each other.
 
 The same code runs on GPUs (NCCL) and CPUs (gloo). `train.parallel="ddp"` keeps the whole model on every rank,
-`"fsdp"` (FSDP2, `fully_shard` of every block and of the rest) a slice of parameters, gradients and moments. Both
-average gradients over ranks; a step's loss is divided by the count of its *global* batch, so each rank's loss is
-multiplied by the number of ranks before its backward and the average becomes the gradient of the one global loss.
+`"fsdp"` (FSDP2, `fully_shard` of every block and of the rest) a slice of parameters, gradients and moments; blocks are
+gathered and computed in the autocast dtype, their gradients summed in float32, slices and moments are float32.
+`"hsdp"` does so within each machine and keeps a copy on every one. All average gradients over ranks; a step's loss is
+divided by the count of its *global* batch, so each rank's loss is multiplied by the number of ranks before its backward and
+the average becomes the gradient of the one global loss.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import re
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypeVar
@@ -19,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -39,6 +42,8 @@ class World:
     rank: int = 0
     size: int = 1
     local_rank: int = 0
+    local_size: int = 1
+    """Processes of the run on this machine."""
 
     @property
     def first(self) -> bool:
@@ -66,14 +71,26 @@ class World:
         dist.all_gather_object(values, value, group=_host_group())
         return values
 
-    def whole(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Sharded tensors put together on the host of rank 0, one at a time through the device; {} on the other ranks."""
+    def whole(self, tensors: Mapping[str, Tensor], buffers: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """Sharded tensors put together on the host of rank 0, one at a time through the device; {} on the other ranks.
+
+        buffers: host memory by name to copy into, allocated where it is missing (pinned for tensors of a GPU). Without it
+        what lies whole on the host already is given as it is.
+        """
         out = {}
         for name, tensor in tensors.items():
             value = tensor.detach()
             value = value.full_tensor() if isinstance(value, DTensor) else value
-            if self.first:
+            if not self.first:
+                continue
+            if buffers is None:
                 out[name] = value.cpu().contiguous()
+                continue
+            if name not in buffers:
+                buffers[name] = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
+            out[name] = buffers[name].copy_(value, non_blocking=True)
+        if buffers is not None and torch.cuda.is_initialized():
+            torch.cuda.synchronize()
         return out
 
     def on_first(self, action: Callable[[], T]) -> T:
@@ -111,12 +128,16 @@ def placement() -> World:
     """
     env = os.environ
     if "RANK" in env and "WORLD_SIZE" in env:
-        return World(int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0)))
+        size = int(env["WORLD_SIZE"])
+        return World(int(env["RANK"]), size, int(env.get("LOCAL_RANK", 0)), int(env.get("LOCAL_WORLD_SIZE", size)))
     if "SLURM_STEP_ID" in env and int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
         missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in env]
         if missing:
             raise ValueError(f"this Slurm step has several tasks but no {' and '.join(missing)}; export the first node's")
-        return World(int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"]), int(env.get("SLURM_LOCALID", 0)))
+        size = int(env["SLURM_STEP_NUM_TASKS"])
+        # "8(x2),4": tasks of the nodes
+        here = re.split(r"[(,]", env.get("SLURM_STEP_TASKS_PER_NODE", str(size)))[0]
+        return World(int(env["SLURM_PROCID"]), size, int(env.get("SLURM_LOCALID", 0)), int(here))
     return World()
 
 
@@ -154,11 +175,26 @@ class _LossModule(nn.Module):
         return self.task.loss(batch)
 
 
-def distribute(task: Task[Any], mode: Literal["ddp", "fsdp"], world: World) -> Loss:
-    """Spread `task.model`, whose parameters must be the same on all ranks, and give its loss function.
+def shards(mode: Literal["ddp", "fsdp", "hsdp"], within: int | None, ranks: int, local_ranks: int) -> int:
+    """Ranks that one copy of the model is split over. Raises ValueError where they do not divide `ranks`."""
+    if mode != "hsdp":
+        return ranks if mode == "fsdp" else 1
+    count = within or local_ranks
+    if ranks % count:
+        raise ValueError(f"train.parallel=hsdp: {count} ranks a copy do not divide {ranks} ranks; set train.shard_within")
+    return count
 
+
+def distribute(task: Task[Any], world: World) -> Loss:
+    """Spread `task.model`, whose parameters must be the same on all ranks, as `train.parallel` says; gives its loss function.
+
+    A model on the meta device is split first, then gets memory for its slices and its initial values: the same as on one rank,
+    drawn from torch's host generator, which must stand alike on all ranks.
     Gradients are averaged over ranks in the backward of a step's last batch only. Call before the optimiser is built.
+    Raises ValueError as `shards` does.
     """
+    train = task.config.train
+    mode = train.parallel
     if world.size == 1:
         return lambda batch, last: task.loss(batch)
     if mode == "ddp":
@@ -174,13 +210,25 @@ def distribute(task: Task[Any], mode: Literal["ddp", "fsdp"], world: World) -> L
                 return ddp(batch)
 
         return replicated
-    mesh = init_device_mesh(task.device.type, (world.size,))
-    for block in [m for m in task.model.modules() if isinstance(m, Block)]:
-        # With LayerScale a block's gamma is used by the next one: it must outlive its block's forward.
-        fully_shard(block, mesh=mesh, reshard_after_forward=block.gamma_2 is None)
-    fully_shard(task.model, mesh=mesh)
+    if mode == "hsdp":
+        count = shards(mode, train.shard_within, world.size, world.local_size)
+        mesh = init_device_mesh(task.device.type, (world.size // count, count), mesh_dim_names=("replicate", "shard"))
+    else:
+        mesh = init_device_mesh(task.device.type, (world.size,))
+    for name, block in task.model.named_modules():
+        if isinstance(block, Block):
+            # Blocks are gathered and computed in the autocast dtype. What is around them is small and stays float32.
+            exact = task.config.model.decoder_fp32 and name.startswith("decoder.")
+            policy = MixedPrecisionPolicy(
+                param_dtype=None if exact else task.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+            )
+            # With LayerScale a block's gamma is used by the next one: it must outlive its block's forward.
+            fully_shard(block, mesh=mesh, reshard_after_forward=block.gamma_2 is None, mp_policy=policy)
+    fully_shard(task.model, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
     model: Any = task.model
-    assert isinstance(model, FSDPModule)
+    if task.on_meta:  # no rank ever holds more than its slices and one whole parameter
+        model.to_empty(device=task.device)
+        model.init_weights()
 
     def sharded(batch: Batch, last: bool) -> dict[str, Tensor]:
         model.set_requires_gradient_sync(last)
@@ -209,7 +257,15 @@ def slice_like(value: Tensor, like: Tensor) -> Tensor:
     return placed.to_local()
 
 
-def norm(gradients: list[Tensor], sharded: bool, world: World) -> Tensor:
-    """Euclidean norm over all gradients: of slices on all ranks if `sharded`, else of this rank's; a device scalar."""
+def copies(parameter: Tensor) -> int:
+    """How many copies of a sharded tensor the ranks hold together; 0: it is not sharded."""
+    if not isinstance(parameter, DTensor):
+        return 0
+    return parameter.device_mesh.size(0) if parameter.device_mesh.ndim > 1 else 1
+
+
+def norm(gradients: list[Tensor], copies: int, world: World) -> Tensor:
+    """Euclidean norm over all gradients: of slices of which the ranks hold `copies` together, or, with 0, of this rank's;
+    a device scalar."""
     value = torch.nn.utils.get_total_norm(gradients)
-    return world.sum(value.square()).sqrt() if sharded else value
+    return (world.sum(value.square()) / copies).sqrt() if copies else value

@@ -17,8 +17,9 @@ import torch
 
 from ..config import DistillConfig, RunConfig, Stage
 from .budget import rank_bytes
+from .interrupt import Interrupt
 from .log import read_metrics
-from .loop import Interrupt, Trainer
+from .loop import Trainer
 from .parallel import join
 from .run_directory import RunDirectory
 
@@ -40,8 +41,8 @@ def preflight(config: RunConfig, *, device: torch.device | str | None = None) ->
     """Measure the first steps of a run; all ranks call it together.
 
     Returns plain JSON values: stage, device, ranks, steps, clips (of an epoch), replaced ({path: times}),
-    seconds_per_step (the first left out), checkpoint_bytes, checkpoint_seconds ({"write", "read"}), peak_bytes (the highest
-    of all ranks; None on a CPU), ledger_bytes.
+    seconds_per_step (the first left out), checkpoint_bytes, checkpoint_seconds ({"held": of the loop, "write", "read"}),
+    peak_bytes (the highest of all ranks; None on a CPU), ledger_bytes.
     Raises what `train` raises for bad input, and ValueError where a checkpoint does not come back.
     """
     world, device = join(device)
@@ -53,7 +54,6 @@ def preflight(config: RunConfig, *, device: torch.device | str | None = None) ->
             torch.cuda.reset_peak_memory_stats(device)
         trainer = Trainer(config, run, device, world)
         trainer.total_steps = min(STEPS, trainer.total_steps)
-        began = time.perf_counter()
         with Interrupt() as interrupt:
             trainer.fit(interrupt)
         written = time.perf_counter()
@@ -63,7 +63,7 @@ def preflight(config: RunConfig, *, device: torch.device | str | None = None) ->
         again = Trainer(config, run, device, world)
         if again.progress.step != trainer.total_steps:
             raise ValueError(f"{run.checkpoints}: a checkpoint of step {trainer.total_steps} was written, not read again")
-        read = time.perf_counter()
+        read, saver = time.perf_counter(), trainer.saver
         seconds = [line["seconds"] for line in world.on_first(lambda: read_metrics(run.metrics))]
         return {
             "stage": config.name,
@@ -74,9 +74,9 @@ def preflight(config: RunConfig, *, device: torch.device | str | None = None) ->
             "replaced": trainer.progress.replaced,
             "seconds_per_step": (seconds[-1] - seconds[0]) / (len(seconds) - 1) if len(seconds) > 1 else seconds[0],
             "checkpoint_bytes": sum(file.stat().st_size for file in files),
-            "checkpoint_seconds": {"write": written - began - trainer.progress.seconds, "read": read - written},
+            "checkpoint_seconds": {"held": saver.held_s, "write": saver.write_s, "read": read - written},
             "peak_bytes": peak or None,
-            "ledger_bytes": rank_bytes(config, world.size)["total"],  # type: ignore[arg-type]
+            "ledger_bytes": rank_bytes(trainer.config, world.size, world.local_size)["total"],  # type: ignore[arg-type]
         }
     finally:
         if world.first:  # without a word to the others: one that failed would not answer
@@ -101,6 +101,6 @@ def lines(result: dict[str, Any]) -> list[str]:
     return [
         f"{result['stage']}: {result['steps']} steps on {result['ranks']} x {result['device']}, "
         f"{result['seconds_per_step']:.3f} s each, {result['clips']:,} clips an epoch, {bad} videos replaced",
-        f"  {memory}; checkpoint of {result['checkpoint_bytes'] / 1e9:.3f} GB written in {times['write']:.1f} s, "
-        f"read and built again in {times['read']:.1f} s",
+        f"  {memory}; checkpoint of {result['checkpoint_bytes'] / 1e9:.3f} GB written in {times['write']:.1f} s "
+        f"(training held for {times['held']:.1f} s), read and built again in {times['read']:.1f} s",
     ]

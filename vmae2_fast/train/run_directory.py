@@ -3,6 +3,7 @@
 config.json        the resolved config         environment.json   machine, versions, backends
 metrics.jsonl      train and validation lines  checkpoints/       see `vmae2_fast.train.checkpoint`
 quarantine.jsonl   clips that were replaced    weights.safetensors, done.json   only once the run is finished
+plan.json          the micro-batch that was chosen, where train.micro_batch=0
 inputs.json        digests of the weights it starts and learns from
 best.safetensors   weights of the best validation, of tasks that keep them
 """
@@ -25,8 +26,9 @@ from .checkpoint import clean, committed, sha256, write_json
 _LOADING = ("workers", "prefetch", "cache_mb", "timeout_s", "datasets")
 FREE = {
     "out", "cites", "views.batch", "teacher_cache",
-    *(f"train.{key}" for key in ("micro_batch", "parallel", "threads", "checkpoint_every", "keep_checkpoints", "log_every")),
-    *(f"train.{key}" for key in ("keep_every", "max_skipped", "stuck_after")),
+    *(f"train.{key}" for key in ("micro_batch", "parallel", "shard_within", "threads", "checkpoint_every")),
+    *(f"train.{key}" for key in ("keep_checkpoints", "log_every", "keep_every", "async_checkpoint")),
+    *(f"train.{key}" for key in ("max_skipped", "stuck_after")),
     *(f"{data}.{key}" for data in ("data", "validation") for key in _LOADING),
 }  # fmt: skip
 
@@ -76,7 +78,7 @@ class RunDirectory:
         self.path = Path(config.out) / config.name
         self.checkpoints = self.path / "checkpoints"
         self.config, self.environment = self.path / "config.json", self.path / "environment.json"
-        self.inputs = self.path / "inputs.json"
+        self.inputs, self.plan = self.path / "inputs.json", self.path / "plan.json"
         self.fresh = not self.path.exists()
         self.metrics, self.quarantine = self.path / "metrics.jsonl", self.path / "quarantine.jsonl"
         self.weights, self.done = self.path / "weights.safetensors", self.path / "done.json"
@@ -134,7 +136,7 @@ class RunDirectory:
 
     def _clear(self) -> None:
         # done.json goes first: whatever a kill leaves, it does not pass for a finished run.
-        for path in (self.done, self.weights, self.best, self.metrics, self.quarantine, self.environment):
+        for path in (self.done, self.weights, self.best, self.metrics, self.quarantine, self.environment, self.plan):
             path.unlink(missing_ok=True)
         shutil.rmtree(self.checkpoints, ignore_errors=True)
         self.config.unlink(missing_ok=True)
