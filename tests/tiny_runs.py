@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 
 from vmae2_fast.config import (
     ClassifyConfig,
@@ -53,6 +56,36 @@ def write_clips(root: Path, per_class: int = 4, frames: int = 20) -> Path:
                     container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
                 container.mux(stream.encode())
     return root
+
+
+def write_untrimmed(path: Path, count: int, *, size: int = 32, rate: int = 25, moving: bool = True) -> Path:
+    """A video of `count` frames whose grey ramp moves; without `moving` all its frames are black."""
+    import av
+
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=rate)
+        stream.width, stream.height, stream.pix_fmt, stream.thread_count = size, size, "yuv420p", 1
+        image = np.zeros((size, size, 3), np.uint8)
+        frame = av.VideoFrame.from_ndarray(image, format="rgb24").reformat(format="yuv420p")
+        for k in range(count):
+            if moving:
+                image[:] = (np.arange(size)[:, None, None] * 3 + 5 * k) % 256
+                frame = av.VideoFrame.from_ndarray(image, format="rgb24").reformat(format="yuv420p")
+            frame.pts, frame.time_base = k, Fraction(1, rate)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
+def official_windows(path: Path, step: int, frames: int, size: int) -> torch.Tensor:
+    """As the released script takes them: every window decoded for itself, divided by 255, resized; [N, 3, T, size, size]."""
+    from vmae2_fast.data.decode import decode_video, probe
+
+    count, out = probe(str(path)).num_frames, []
+    for start in range(0, count - frames + 1, step):
+        clip = torch.from_numpy(decode_video(str(path), np.arange(start, start + frames))).permute(3, 0, 1, 2).float() / 255
+        out.append(F.interpolate(clip.transpose(0, 1), (size, size), mode="bilinear", align_corners=False).transpose(0, 1))
+    return torch.stack(out)
 
 
 def data(root: Path, **changes: Any) -> DataConfig:

@@ -111,6 +111,8 @@ class Trainer:
         train = config.train
         compile_model(self.task.model, train.compile)  # before it is split over ranks
         loss = distribute(self.task, train.parallel, world)
+        if self.task.shares_evaluation and train.parallel == "ddp":  # a sharded model's forwards need all ranks each time
+            self.task.rank, self.task.world, self.task.gather = world.rank, world.size, world.gather
         self.forward_backward = (Graphed if train.cuda_graph else Eager)(self.task, loss, world)
         self.micro_batch, self.micro_batches = split_batch(config, world.size)
         self.decodes = train.global_batch // config.data.views
@@ -273,7 +275,8 @@ class Trainer:
         if self.pending:
             self._flush()
         with self.optimizer.averaged(), self.task.validation_views(self.run.quarantine) as views:
-            metrics = {**self.task.evaluate(views), "left_out": views.stats["bad"]}
+            metrics = self.task.evaluate(views)
+            metrics["left_out"] = dict(sum(map(Counter, self.task.gather(views.stats["bad"])), Counter()))
             self._keep_best(metrics)
         self.task.model.train()
         numbers = {k: v for k, v in metrics.items() if not isinstance(v, (list, dict))}
