@@ -99,10 +99,7 @@ class TadTask(Task[TadConfig]):
             how = ExtractConfig(
                 step=data.stride, resize="squash", normalize=config.normalize, precision=config.train.precision
             )
-            with torch.device("meta"):  # draws no random number: the run goes the same way with features there and without
-                trunk = build_model(config.model)
-            assert isinstance(trunk, VisionTransformer)
-            loaded = load_weights(trunk, config.trunk_weights)
+            trunk = self._trunk(config.trunk_weights)
             if not missing:
                 check_header(Path(data.features), features_header(trunk, how))
                 return
@@ -110,8 +107,6 @@ class TadTask(Task[TadConfig]):
             lost = [name for name in missing if name not in videos]
             if lost:
                 raise TadError(f"{data.videos}: no video of {lost[0]}" + (f" and {len(lost) - 1} more" if lost[1:] else ""))
-            if not rank:
-                print(f"features for {data.features}: {loaded}", file=sys.stderr)
             taken = extract_features(
                 trunk.to(self.device), {name: videos[name] for name in missing}, data.features, how,
                 weights_file=config.trunk_weights, shard=(rank, world),
@@ -119,6 +114,16 @@ class TadTask(Task[TadConfig]):
             for failed in gather(taken["failed"]):
                 for path, reason in failed.items():
                     raise TadError(f"{path}: {reason}; mend it, or put it on data.block_list")
+
+    def _trunk(self, weights: str) -> VisionTransformer:
+        # The random numbers of a run are the same with features there and without.
+        with torch.random.fork_rng(devices=[]), torch.device("cpu" if weights == "random" else "meta"):
+            torch.manual_seed(self.config.seed)
+            trunk = build_model(self.config.model)
+        assert isinstance(trunk, VisionTransformer)
+        if weights != "random":
+            print(f"features: {load_weights(trunk, weights)}", file=sys.stderr)
+        return trunk
 
     def class_names(self) -> tuple[str, ...]:
         """Names of the classes, those of the training annotations. Raises ValueError if the detector has another number."""
