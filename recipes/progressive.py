@@ -2,7 +2,7 @@
 
 Enter and leave at any stage: `--from finetune --init-weights vit_g_k710.pth`, `--until pretrain`. SSv1 and SSv2 go from
 pre-training straight to fine-tuning, because post-pre-training on Kinetics made SSv2 worse. The fine-tuning stage has the
-values of the paper's table of fine-tuning settings at 16x224^2. AVA and AVA-Kinetics are fine-tuned from post-pre-training, too.
+values of the paper's table of fine-tuning settings at 16x224^2. AVA and AVA-Kinetics are fine-tuned from it, too.
 For THUMOS14 and FineAction the last stage, `detect`, takes features of whole videos with the post-pre-trained weights into
 OUT/features and trains ActionFormer on them; `--from detect --init-weights vit_g_k710.pth` takes them with others. Its batch
 is small: run the stages before with `--until post_pretrain` on all GPUs, then `--from detect --gpus 1`.

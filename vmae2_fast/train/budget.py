@@ -138,7 +138,7 @@ def budget(stage: Stage, options: BudgetOptions) -> dict[str, Any]:
         traffic = 2 * sent * (options.nodes - 1) / options.nodes
     return {
         "stage": stage.name,
-        "model": stage.model.name,
+        "model": f"ActionFormer on {stage.model.name}" if isinstance(stage, TadConfig) else stage.model.name,
         "card": options.card,
         "gpus": ranks,
         "micro_batch": micro,
