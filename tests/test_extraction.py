@@ -10,19 +10,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.numpy import load_file
 
 from tests import tiny_runs as tiny
-from tests.golden.support import golden_root
-from vmae2_fast import cli, extraction
+from vmae2_fast import cli
 from vmae2_fast.config import ExtractConfig
-from vmae2_fast.data import decode
-from vmae2_fast.data.decode import DecodeError, decode_video, probe, stream_video
+from vmae2_fast.data.decode import decode_video
 from vmae2_fast.data.plan import cut_test_views
-from vmae2_fast.extraction import extract_video, find_videos, windows
 from vmae2_fast.models import build_model, save_weights
-
-WINDOWS = golden_root() / "downstream" / "tad_windows.json"
+from vmae2_fast.ops import IMAGENET_MEAN, IMAGENET_STD
+from vmae2_fast.tasks.features import extract_features, find_videos, video_features
 
 
 @pytest.fixture(scope="module")
@@ -39,51 +37,28 @@ def model():
     return build_model(tiny.CLASSIFY_MODEL).eval()
 
 
-def test_stream_is_every_frame_once(clips):
-    path = str(clips / "alone.mp4")
-    whole = decode_video(path, np.arange(probe(path).num_frames))
-    for chunk in (7, 50, 64):
-        pieces = list(stream_video(path, chunk))
-        assert all(len(piece) == chunk for piece in pieces[:-1])
-        assert np.array_equal(np.concatenate(pieces), whole)
-
-
-def test_stream_of_a_cut_file_ends_with_its_reason(clips, tmp_path):
-    data = (clips / "alone.mp4").read_bytes()
-    path = tmp_path / "cut.mp4"
-    path.write_bytes(data[: len(data) // 2] + bytes(len(data) - len(data) // 2))
-    with pytest.raises(DecodeError, match=r"cut\.mp4"):
-        list(stream_video(str(path)))
-
-
-@pytest.mark.skipif(not WINDOWS.exists(), reason="no recorded windows in this golden directory")
-def test_recorded_window_starts():
-    cases = json.loads(WINDOWS.read_text())
-    assert cases
-    for case in cases:
-        starts = windows(case["num_frames"], 16, ExtractConfig(step={"THUMOS14": 4, "FINEACTION": 16}[case["dataset"]]))[:, 0]
-        if not case["count"]:  # the official script crashes there; we take one window
-            assert starts.tolist() == [0]
-            continue
-        assert (len(starts), starts[:3].tolist(), starts[-1]) == (case["count"], case["first3"], case["last"])
-
-
 @pytest.mark.parametrize("resize", ["crop", "squash"])
 @pytest.mark.parametrize("batch", [1, 4])
 def test_clip_level_by_hand(resize, batch, clips, model):
     config = ExtractConfig(stride=2, step=5, batch=batch, resize=resize)
-    features, frames = extract_video(model, clips / "alone.mp4", config)
+    features, frames, _ = video_features(model, clips / "alone.mp4", config)
     starts = list(range(0, 50 - 16 + 1, 5))
     assert frames.tolist() == [[s, s + 15] for s in starts]
     video = torch.from_numpy(decode_video(str(clips / "alone.mp4"), np.arange(50)))
-    square = cut_test_views(video, segments=1, size=tiny.SIZE, crops=1)[0]  # 48x48 frames: both ways give the same
+    if resize == "crop":
+        square = cut_test_views(video, segments=1, size=tiny.SIZE, crops=1)[0]
+        seen = torch.stack([square[s : s + 16 : 2] for s in starts])
+    else:
+        mean, std = (torch.tensor(v)[:, None, None] for v in (IMAGENET_MEAN, IMAGENET_STD))
+        pixels = F.interpolate(video.permute(0, 3, 1, 2) / 255, (tiny.SIZE, tiny.SIZE), mode="bilinear")
+        seen = torch.stack([((pixels - mean) / std)[s : s + 16 : 2].transpose(0, 1) for s in starts])
     with torch.no_grad():
-        expected = model.forward_features(torch.stack([square[s : s + 16 : 2] for s in starts]))
+        expected = model.forward_features(seen)
     np.testing.assert_allclose(features, expected.numpy(), rtol=1e-5, atol=1e-6)
 
 
 def test_frame_level_covers_the_video_once(clips, model):
-    features, frames = extract_video(model, clips / "alone.mp4", ExtractConfig(level="frame", batch=3))
+    features, frames, _ = video_features(model, clips / "alone.mp4", ExtractConfig(level="frame", batch=3))
     assert frames.tolist() == [[k, k + 2] for k in range(0, 50, 2)]
     assert features.shape == (25, 16)
     video = torch.from_numpy(decode_video(str(clips / "alone.mp4"), np.arange(8, 16)))
@@ -95,25 +70,12 @@ def test_frame_level_covers_the_video_once(clips, model):
 
 def test_a_short_video_is_one_window(clips, model, tmp_path):
     tiny.write_clips(tmp_path, per_class=1, frames=5)
-    features, frames = extract_video(model, tmp_path / "left" / "0.mp4", ExtractConfig(step=4))
+    features, frames, _ = video_features(model, tmp_path / "left" / "0.mp4", ExtractConfig(step=4))
     assert frames.tolist() == [[0, 5]]
     assert np.isfinite(features).all()
-    assert extract_video(model, tmp_path / "left" / "0.mp4", ExtractConfig(level="frame"))[1].tolist() == [
+    assert video_features(model, tmp_path / "left" / "0.mp4", ExtractConfig(level="frame"))[1].tolist() == [
         [0, 2], [2, 4], [4, 5]
     ]  # fmt: skip
-
-
-def test_each_frame_is_decoded_once(clips, model, monkeypatch):
-    decoded = []
-
-    def count(path, chunk=32, original=decode.stream_video):
-        for frames in original(path, chunk):
-            decoded.append(len(frames))
-            yield frames
-
-    monkeypatch.setattr(extraction, "stream_video", count)
-    extract_video(model, clips / "alone.mp4", ExtractConfig(step=1))
-    assert sum(decoded) == 50  # 43 windows of 8 frames: 344 decodes one by one
 
 
 def _weights(tmp_path: Path, model) -> str:
@@ -138,12 +100,23 @@ def test_files_resume_and_shares(clips, model, tmp_path, capsys):
     assert (rest["written"], rest["skipped"]) == (1, 2)
     assert times == {p: (Path(out) / p).stat().st_mtime_ns for p in files}
     saved = load_file(Path(out) / "left" / "0.safetensors")
-    features, frames = extract_video(model, clips / "left" / "0.mp4", ExtractConfig(step=10))
+    features, frames, _ = video_features(model, clips / "left" / "0.mp4", ExtractConfig(step=10))
     np.testing.assert_allclose(saved["features"], features, rtol=1e-6)
     assert np.array_equal(saved["frames"], frames)
     with pytest.raises(SystemExit):
         cli.main(["extract", str(clips), *common[:-4], "--step", "5", "--format", "safetensors"])
-    assert "features taken otherwise (step: 10 there, 5 now)" in capsys.readouterr().err
+    assert "features taken in another way (step: 10 there, 5 now)" in capsys.readouterr().err
+    for change, told in ((dataclasses.replace(tiny.CLASSIFY_MODEL, num_classes=7), None), (tiny.CLASSIFY_MODEL, "weights: ")):
+        other = build_model(change)
+        if told is None:  # another head on the same trunk gives the same features
+            other.load_state_dict({**other.state_dict(), **{k: v for k, v in model.state_dict().items() if "head" not in k}})
+        save_weights(other, tmp_path / "w.safetensors")
+        if told is None:
+            assert _extract(capsys, str(clips), *common)["skipped"] == 3
+        else:
+            with pytest.raises(SystemExit):
+                cli.main(["extract", str(clips), *common])
+            assert told in capsys.readouterr().err
 
 
 def test_npy_and_pixels_without_normalisation(clips, model, tmp_path, capsys):
@@ -153,7 +126,7 @@ def test_npy_and_pixels_without_normalisation(clips, model, tmp_path, capsys):
     for normalize in ("imagenet", "none"):
         _extract(capsys, video, "--weights", weights, "--out", str(tmp_path / normalize), "--normalize", normalize)
         found[normalize] = np.load(tmp_path / normalize / "alone.npy", allow_pickle=False)
-        assert json.loads((tmp_path / normalize / "extraction.json").read_text())["normalize"] == normalize
+        assert json.loads((tmp_path / normalize / "features.json").read_text())["normalize"] == normalize
     assert found["imagenet"].shape == (6, 16)
     assert found["imagenet"].dtype == np.float32
     assert not np.allclose(found["imagenet"], found["none"], atol=1e-3)
@@ -165,22 +138,31 @@ def test_an_encoder_without_a_head_is_enough(clips, tmp_path, capsys):
     assert found["rows"] == 6
 
 
-def test_a_broken_video_is_named_and_the_others_are_written(clips, model, tmp_path, capsys):
-    shutil.copytree(clips / "left", tmp_path / "some")
-    (tmp_path / "some" / "broken.mp4").write_bytes(b"no video")
-    found = _extract(capsys, str(tmp_path / "some"), "--weights", _weights(tmp_path, model), "--out", str(tmp_path / "out"))
-    assert found["written"] == 1
-    assert [Path(p).name for p in found["failed"]] == ["broken.mp4"]
-    assert {p.name for p in (tmp_path / "out").iterdir()} == {"0.npy", "extraction.json"}
+def test_a_kill_leaves_no_half_written_features(clips, model, tmp_path, monkeypatch):
+    videos = find_videos([clips / "alone.mp4"])
+
+    def killed(file, array, **_):
+        file.write(b"half")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "save", killed)
+        with pytest.raises(KeyboardInterrupt):
+            extract_features(model, videos, tmp_path / "out", ExtractConfig())
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["features.json", "videos.jsonl"]
+    assert extract_features(model, videos, tmp_path / "out", ExtractConfig())["written"] == 1
 
 
 def test_names_and_bad_input(clips, tmp_path):
     assert set(find_videos([clips])) == {"alone", "left/0", "right/0"}
     with pytest.raises(ValueError, match="nowhere: no such video"):
         find_videos([tmp_path / "nowhere"])
-    with pytest.raises(ValueError, match="would both be written as 0"):
+    assert set(find_videos([clips / "left"], by_stem=True)) == {"0"}
+    with pytest.raises(ValueError, match="have the same name 0"):
+        find_videos([clips], by_stem=True)
+    with pytest.raises(ValueError, match="have the same name 0"):
         find_videos([clips / "left" / "0.mp4", clips / "right" / "0.mp4"])
-    with pytest.raises(ValueError, match="no video file in it"):
+    with pytest.raises(ValueError, match="no video in it"):
         find_videos([tmp_path])
     with pytest.raises(ValueError, match="step is for clip level"):
         ExtractConfig(level="frame", step=4)

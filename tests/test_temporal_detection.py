@@ -10,13 +10,21 @@ import numpy as np
 import pytest
 import torch
 
-from tests.data.test_tad import official_windows, write_video
+from tests.tiny_runs import official_windows, write_untrimmed
 from vmae2_fast import cli, timeline
-from vmae2_fast.config import ActionFormerConfig, ModelConfig, OptimConfig, TadConfig, TadDataConfig, TrainConfig
+from vmae2_fast.config import (
+    ActionFormerConfig,
+    ExtractConfig,
+    ModelConfig,
+    OptimConfig,
+    TadConfig,
+    TadDataConfig,
+    TrainConfig,
+)
 from vmae2_fast.data.decode import frame_rate, probe
 from vmae2_fast.data.tad import Detections, TadError, read_detections
 from vmae2_fast.models import create_model, save_weights
-from vmae2_fast.tasks.tad_features import FeatureConfig, extract_features, find_videos, video_features
+from vmae2_fast.tasks.features import video_features
 from vmae2_fast.train import train
 
 TRUNK = {"width": 24, "depth": 1, "heads": 2, "size": 32, "patch": 16, "frames": 16, "init_std": 0.1}
@@ -50,7 +58,7 @@ def clip(tmp_path: Path) -> Path:
     given = Path(os.environ.get("VMAE2_CLIPS", "")) / "one_by_one_person.mp4"
     if os.environ.get("VMAE2_CLIPS") and given.is_file():
         return given
-    return write_video(tmp_path / "walkers.mp4", 700, rate=10)
+    return write_untrimmed(tmp_path / "walkers.mp4", 700, rate=10)
 
 
 def clip_config(clip: Path, tmp_path: Path, trunk: str, epochs: int) -> TadConfig:
@@ -116,7 +124,7 @@ def test_from_a_video_to_map_and_a_picture(clip, trunk, tmp_path, capsys):
 
 
 def test_training_takes_the_features_it_lacks(trunk, tmp_path, capsys):
-    clip = write_video(tmp_path / "short.mp4", 120)
+    clip = write_untrimmed(tmp_path / "short.mp4", 120)
     train(clip_config(clip, tmp_path, trunk, epochs=1))
     run("tad", "features", str(clip), "--weights", trunk, "--out", str(tmp_path / "commanded"), capsys=capsys)
     ours, theirs = (np.load(tmp_path / folder / "short.npy") for folder in ("features", "commanded"))
@@ -126,22 +134,27 @@ def test_training_takes_the_features_it_lacks(trunk, tmp_path, capsys):
 def test_features_are_those_of_every_window_by_itself(trunk, tmp_path):
     from vmae2_fast.inference import load_model
 
-    path = write_video(tmp_path / "v.mp4", 75)
+    path = write_untrimmed(tmp_path / "v.mp4", 75)
     model = load_model(trunk, kind="classify").model
     with torch.no_grad():
         alone = torch.cat([model.forward_features(clip[None]) for clip in official_windows(path, 4, 16, 32)]).numpy()
     for batch in (1, 5, 64):
-        together = video_features(model, path, FeatureConfig(batch=batch))
+        together = video_features(model, path, ExtractConfig(step=4, resize="squash", normalize="none", batch=batch))[0]
         assert np.abs(together - alone).max() < 1e-5
-    assert np.abs(video_features(model, path, FeatureConfig(normalize="imagenet")) - alone).max() > 1e-3
+    mean, std = (torch.tensor(v)[:, None, None, None] for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    with torch.no_grad():
+        seen = (official_windows(path, 4, 16, 32) - mean) / std
+        coloured = torch.cat([model.forward_features(clip[None]) for clip in seen]).numpy()
+    assert np.abs(video_features(model, path, ExtractConfig(step=4, resize="squash"))[0] - coloured).max() < 1e-5
+    assert np.abs(coloured - alone).max() > 1e-3
 
 
 def test_extraction_goes_on_where_it_was_and_refuses_a_mixture(trunk, tmp_path, capsys):
     videos = tmp_path / "videos" / "more"
     videos.mkdir(parents=True)
     for i in range(3):
-        write_video(videos / f"{i}.mp4", 20 + i)
-    write_video(videos.parent / "short.mp4", 3)
+        write_untrimmed(videos / f"{i}.mp4", 20 + i)
+    write_untrimmed(videos.parent / "short.mp4", 3)
     (videos / "broken.mp4").write_bytes(b"no video")
     out = tmp_path / "out"
     command = ("tad", "features", str(videos.parent), "--weights", trunk, "--out", str(out))
@@ -157,30 +170,12 @@ def test_extraction_goes_on_where_it_was_and_refuses_a_mixture(trunk, tmp_path, 
     assert all(p.stat().st_mtime_ns == times[p.name] for p in out.glob("*.npy") if p.name != "1.npy")
     assert not list(out.glob(".*"))
     header = json.loads((out / "features.json").read_text())
-    assert (header["normalize"], header["step"], header["frames"], header["weights"]) == ("none", 4, 16, trunk)
-    assert "no antialiasing" in header["resize"]
+    assert (header["normalize"], header["step"], header["frames"], header["weights_file"]) == ("none", 4, 16, trunk)
+    assert header["resize"] == "squash"
     for flags, told in (
         (("--normalize", "imagenet"), "normalize: 'none' there, 'imagenet' now"), (("--step", "16"), "step: 4 there, 16 now"),
     ):  # fmt: skip
         assert told in refused(*command, *flags, capsys=capsys)
-
-
-def test_a_kill_leaves_no_half_written_features(trunk, tmp_path, monkeypatch):
-    from vmae2_fast.inference import load_model
-
-    model = load_model(trunk, kind="classify").model
-    videos = find_videos([write_video(tmp_path / "v.mp4", 30)])
-
-    def killed(file, array, **_):
-        file.write(b"half")
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(np, "save", killed)
-        with pytest.raises(KeyboardInterrupt):
-            extract_features(model, videos, tmp_path / "out", FeatureConfig())
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["features.json", "videos.jsonl"]
-    assert extract_features(model, videos, tmp_path / "out", FeatureConfig())["written"] == 1
 
 
 def test_missing_features_without_a_way_to_take_them_are_named(trunk, tmp_path, clip):
@@ -200,11 +195,11 @@ def test_bad_input_is_one_line(trunk, tmp_path, capsys):
     good = tmp_path / "d.json"
     good.write_text(json.dumps({"results": {"v": []}}))
     (tmp_path / "empty.json").write_text(json.dumps({"results": {}}))
-    video = str(write_video(tmp_path / "v.mp4", 20))
+    video = str(write_untrimmed(tmp_path / "v.mp4", 20))
     for arguments, message in (
         (("tad", "features", "--weights", trunk, "--out", "x"), "needs at least one video"),
         (("tad", "features", "none.mp4", "--weights", trunk, "--out", "x"), "none.mp4: no such video or folder"),
-        (("tad", "features", video, "--weights", trunk, "--out", "x", "--shard", "3/2"), "--shard 3/2: must be I/N"),
+        (("tad", "features", video, "--weights", trunk, "--out", "x", "--shard", "3/2"), "--shard 3/2: give I/N"),
         (("tad", "features", video, "--weights", trunk, "--out", "x", "--step", "0"), "step=0 must be at least 1"),
         (("tad", "scores", video, "--weights", trunk, "--out", "s.txt"), "must end in .json"),
         (("tad", "detect", str(tmp_path)), "config.json"),

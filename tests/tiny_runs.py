@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 
 from vmae2_fast.config import (
+    ActionFormerConfig,
+    AvaConfig,
+    AvaDataConfig,
     ClassifyConfig,
     DataConfig,
     DistillConfig,
@@ -18,6 +24,8 @@ from vmae2_fast.config import (
     OptimConfig,
     PretrainConfig,
     SourceConfig,
+    TadConfig,
+    TadDataConfig,
     TrainConfig,
     ViewsConfig,
 )  # fmt: skip
@@ -32,6 +40,15 @@ PRETRAIN_MODEL = ModelConfig(
 CLASSIFY_MODEL = ModelConfig(
     name="vit_small_patch16_224", frames=FRAMES, size=SIZE, patch=8, width=16, depth=2, heads=2, num_classes=CLASSES,
     drop_path=0.2, head_dropout=0.1, head_init_scale=1.0,
+)  # fmt: skip
+AVA_MODEL = ModelConfig(
+    name="vit_small_patch16_224", frames=4, size=48, patch=8, width=48, depth=2, heads=2, num_classes=80, pooling="first",
+    init_std=0.1, head_init_scale=1.0,
+)  # fmt: skip
+TAD_TRUNK = ModelConfig(name="vit_small_patch16_224", width=16, depth=1, heads=2, frames=16, size=32)
+TAD_DETECTOR = ActionFormerConfig(
+    classes=3, width=32, windows=(9, 9, 9, 9), range_ends=(4.0, 8.0, 16.0), max_length=128, stem_blocks=1,
+    initial_normalizer=20.0,
 )  # fmt: skip
 
 
@@ -53,6 +70,36 @@ def write_clips(root: Path, per_class: int = 4, frames: int = 20) -> Path:
                     container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
                 container.mux(stream.encode())
     return root
+
+
+def write_untrimmed(path: Path, count: int, *, size: int = 32, rate: int = 25, moving: bool = True) -> Path:
+    """A video of `count` frames whose grey ramp moves; without `moving` all its frames are black."""
+    import av
+
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=rate)
+        stream.width, stream.height, stream.pix_fmt, stream.thread_count = size, size, "yuv420p", 1
+        image = np.zeros((size, size, 3), np.uint8)
+        frame = av.VideoFrame.from_ndarray(image, format="rgb24").reformat(format="yuv420p")
+        for k in range(count):
+            if moving:
+                image[:] = (np.arange(size)[:, None, None] * 3 + 5 * k) % 256
+                frame = av.VideoFrame.from_ndarray(image, format="rgb24").reformat(format="yuv420p")
+            frame.pts, frame.time_base = k, Fraction(1, rate)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
+def official_windows(path: Path, step: int, frames: int, size: int) -> torch.Tensor:
+    """As the released script takes them: every window decoded for itself, divided by 255, resized; [N, 3, T, size, size]."""
+    from vmae2_fast.data.decode import decode_video, probe
+
+    count, out = probe(str(path)).num_frames, []
+    for start in range(0, count - frames + 1, step):
+        clip = torch.from_numpy(decode_video(str(path), np.arange(start, start + frames))).permute(3, 0, 1, 2).float() / 255
+        out.append(F.interpolate(clip.transpose(0, 1), (size, size), mode="bilinear", align_corners=False).transpose(0, 1))
+    return torch.stack(out)
 
 
 def data(root: Path, **changes: Any) -> DataConfig:
@@ -88,6 +135,41 @@ def distill_config(clips: Path, out: Path, teacher_weights: str | None, **change
         data=data(clips, sampling="dense"), validation=data(clips, sampling="dense", crop="center"),
         views=ViewsConfig(segments=1, crops=1, batch=4), optim=OptimConfig(lr=3e-3, lr_batch=0, min_lr=1e-4),
         train=TrainConfig(epochs=6, global_batch=4, checkpoint_every=4, log_every=2),
+    )  # fmt: skip
+    return dataclasses.replace(config, **changes)
+
+
+def ava_config(scenes: Path, out: Path, **changes: Any) -> AvaConfig:
+    """On what `write_ava_scenes` wrote."""
+    data = AvaDataConfig(
+        videos=str(scenes / "videos"), annotations=str(scenes / "train.csv"), labels=str(scenes / "labels.pbtxt"),
+        short_side=(48, 56), flip=True, workers=1, prefetch=2, cache_mb=64,
+    )  # fmt: skip
+    validation = dataclasses.replace(
+        data, annotations=str(scenes / "val.csv"), boxes=str(scenes / "people.csv"), short_side=(48, 48), flip=False
+    )
+    config = AvaConfig(
+        name="toy_ava", model=AVA_MODEL, data=data, validation=validation, out=str(out),
+        optim=OptimConfig(lr=4e-3, lr_batch=0, min_lr=1e-5, warmup_epochs=2, betas=(0.9, 0.999)),
+        train=TrainConfig(epochs=24, global_batch=8, threads=1, checkpoint_every=100, log_every=20),
+    )  # fmt: skip
+    return dataclasses.replace(config, **changes)
+
+
+def tad_data(root: Path, subset: str = "validation", **changes: Any) -> TadDataConfig:
+    """What `write_tad_features` wrote."""
+    values: dict[str, Any] = {"features": str(root / "features"), "annotations": str(root / "annotations.json"), "workers": 1}
+    return TadDataConfig(**{"subset": subset, **values, **changes})
+
+
+def tad_config(root: Path, out: Path, epochs: int = 3, **changes: Any) -> TadConfig:
+    config = TadConfig(
+        name="toy", model=TAD_TRUNK, detector=TAD_DETECTOR, out=str(out), data=tad_data(root, crop_range=(0.9, 1.0)),
+        validation=tad_data(root, "test"),
+        optim=OptimConfig(
+            lr=4e-3, lr_batch=0, min_lr=1e-6, warmup_epochs=0.1 * epochs, betas=(0.9, 0.999), clip_grad=1.0, ema_decay=0.95
+        ),
+        train=TrainConfig(epochs=epochs, global_batch=4, threads=1, checkpoint_every=8, log_every=4),
     )  # fmt: skip
     return dataclasses.replace(config, **changes)
 

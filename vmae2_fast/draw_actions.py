@@ -86,13 +86,13 @@ def draw_actions(
         raise ValueError(f"{target}: the ending must be .mp4 or .gif")
     if not target.parent.is_dir():
         raise ValueError(f"{target.parent}: no such folder; make it or choose another --out")
+    info = probe(video)
     name = name or Path(video).stem
     people = people_of(rows, name, threshold=threshold, most=most)
     if not people:
         raise ValueError(
             f"no detection of {name!r} scores {threshold:g} or more; lower --threshold or name the video with --name"
         )
-    info = probe(video)
     if info.seconds is None:
         raise DecodeError(video, "has no timestamps to put the boxes by")
     seconds = info.seconds + start_second

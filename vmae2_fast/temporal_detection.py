@@ -158,7 +158,11 @@ def score_files(
 def subset_truth(
     annotations: str | Path, subset: str, block_list: Sequence[str] = ()
 ) -> tuple[dict[str, Segments], dict[str, int]]:
-    """Ground truth of a subset by video, and what the annotation file has that was left out."""
+    """Ground truth of a subset by video, and what the annotation file has that was left out or looks wrong."""
     read = read_annotations(annotations)
     videos: dict[str, UntrimmedVideo] = choose_subset(read, subset, block_list)
-    return {name: Segments(v.segments, v.labels) for name, v in videos.items()}, read.ignored
+    beyond = sum(
+        int(((v.segments[:, 0] < -1) | (v.segments[:, 1] > v.duration + 1)).sum()) for v in videos.values() if v.duration > 0
+    )
+    noted = {"annotations reaching out of their video by more than a second (they count)": beyond} if beyond else {}
+    return {name: Segments(v.segments, v.labels) for name, v in videos.items()}, {**read.ignored, **noted}

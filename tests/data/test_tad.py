@@ -3,20 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-from fractions import Fraction
 from pathlib import Path
 
-import av
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 
 from vmae2_fast.config import ActionFormerConfig, TadDataConfig
-from vmae2_fast.data import windows
-from vmae2_fast.data.decode import DecodeError, decode_video, frame_rate, probe, stream_video
 from vmae2_fast.data.synthetic_tad import write_tad_features
 from vmae2_fast.data.tad import (
     Detections,
@@ -250,93 +243,3 @@ def test_features_of_other_windows_are_refused(toy, tmp_path):
     write(folder / "features.json", {"step": 16, "frames": 16})
     with pytest.raises(TadError, match=r"taken with step 16, data\.stride is 4"):
         source(toy, features=str(folder))
-
-
-# Windows over encoded video.
-
-
-def write_video(path: Path, count: int, *, size: int = 32, rate: int = 25, moving: bool = True) -> Path:
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("mpeg4", rate=rate)
-        stream.width, stream.height, stream.pix_fmt, stream.thread_count = size, size, "yuv420p", 1
-        image = np.zeros((size, size, 3), np.uint8)
-        frame = av.VideoFrame.from_ndarray(image, format="rgb24").reformat(format="yuv420p")
-        for k in range(count):
-            if moving:
-                image[:] = (np.arange(size)[:, None, None] * 3 + 5 * k) % 256
-                frame = av.VideoFrame.from_ndarray(image, format="rgb24").reformat(format="yuv420p")
-            frame.pts, frame.time_base = k, Fraction(1, rate)
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
-    return path
-
-
-def official_windows(path: Path, step: int, frames: int, size: int) -> torch.Tensor:
-    """The released script: every window decoded for itself, divided by 255, resized."""
-    count, out = probe(str(path)).num_frames, []
-    for start in range(0, count - frames + 1, step):
-        clip = torch.from_numpy(decode_video(str(path), np.arange(start, start + frames))).permute(3, 0, 1, 2).float() / 255
-        out.append(F.interpolate(clip.transpose(0, 1), (size, size), mode="bilinear", align_corners=False).transpose(0, 1))
-    return torch.stack(out)
-
-
-@pytest.mark.parametrize(("count", "step"), [(16, 4), (17, 4), (61, 4), (70, 16), (75, 20), (64, 1)])
-def test_windows_are_those_of_the_released_script(tmp_path, count, step, monkeypatch):
-    path = write_video(tmp_path / "v.mp4", count)
-    decoded = []
-
-    def counted(name):
-        for chunk in stream_video(name):
-            decoded.append(len(chunk))
-            yield chunk
-
-    monkeypatch.setattr(windows, "stream_video", counted)
-    taken = list(windows.stream_windows(str(path), frames=16, step=step, size=24, batch=3, normalize="none"))
-    assert all(len(clip) == 3 for clip in taken[:-1])
-    ours, theirs = torch.cat(taken), official_windows(path, step, 16, 24)
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
-    assert sum(decoded) == count  # each once
-
-
-def test_short_videos_and_both_normalisations(tmp_path):
-    path = write_video(tmp_path / "v.mp4", 5)
-    (plain,) = windows.stream_windows(str(path), frames=16, step=4, size=32, batch=8, normalize="none")
-    (coloured,) = windows.stream_windows(str(path), frames=16, step=4, size=32, batch=8, normalize="imagenet")
-    assert plain.shape == (1, 3, 16, 32, 32)
-    assert torch.equal(plain[0, :, 4:], plain[0, :, 4:5].expand(3, 12, 32, 32))
-    mean, std = (torch.tensor(v)[:, None, None, None] for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
-    torch.testing.assert_close(coloured[0], (plain[0] - mean) / std)
-    assert frame_rate(str(path)) == 25
-
-
-def test_a_video_that_cannot_be_read_is_an_error_not_a_shorter_one(tmp_path):
-    path = write_video(tmp_path / "v.mp4", 200)
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2 : len(data) // 2 + len(data) // 5] = bytes(len(data) // 5)
-    path.write_bytes(data)
-    (tmp_path / "bad.mp4").write_bytes(b"no video")
-    for name in ("v.mp4", "bad.mp4"):
-        with pytest.raises(DecodeError, match=name):
-            list(windows.stream_windows(str(tmp_path / name), frames=16, step=4, size=32, batch=8, normalize="none"))
-
-
-MEASURE = """
-import resource, sys, torch
-from vmae2_fast.data.windows import stream_windows
-torch.set_num_threads(1)
-count = 0
-for number, clip in enumerate(stream_windows(sys.argv[1], frames=16, step=16, size=32, batch=8, normalize="none")):
-    count += len(clip)
-    if number == 4:
-        early = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print(count, early, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-"""
-
-
-def test_memory_does_not_grow_with_the_length_of_a_video(tmp_path):
-    """20 minutes, 332 MB decoded: from the fifth batch on, the peak grows by less than a tenth of that."""
-    path = write_video(tmp_path / "long.mp4", 20 * 60 * 10, size=96, rate=10, moving=False)
-    done = subprocess.run([sys.executable, "-c", MEASURE, str(path)], capture_output=True, text=True, check=True)
-    count, early, peak = map(int, done.stdout.split())
-    assert count == (12000 - 16) // 16 + 1
-    assert peak - early < 33_000  # KiB

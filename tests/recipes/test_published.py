@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import typing
 from pathlib import Path
 
 import pytest
@@ -46,7 +45,26 @@ def test_pretraining_reaches_the_published_learning_rate(name: str, variant: str
     assert scaled_lr(run.optim.lr, run.train.global_batch, run.optim.lr_batch) == pytest.approx(lr)
 
 
-@pytest.mark.parametrize("target", typing.get_args(progressive.Target))
+@pytest.mark.parametrize("size", ["giant", "huge"])
+@pytest.mark.parametrize("target", ["ava", "ava_kinetics", "thumos14", "fineaction"])
+def test_progressions_end_at_detection(size: str, target: str) -> None:
+    run = getattr(progressive, f"vit_{size}")(target=target, out="here")
+    last, alone = run.stages[-1], all_recipes()[f"{'ava' if 'ava' in target else 'tad'}:{target}_vit_{size}"]()
+    check_stage(last)
+    assert [s.name for s in run.stages[:-1]] == ["pretrain", "post_pretrain"]
+    assert last.model.name == run.stages[-2].model.name
+    if "ava" in target:
+        assert dataclasses.replace(last, name=alone.name, init=None) == alone
+        assert last.init == "stage:post_pretrain"
+        return
+    assert (last.init, last.trunk_weights) == (None, "stage:post_pretrain")
+    assert {last.data.features, last.validation.features} == {"here/features"}
+    folder = alone.data.features
+    parts = {name: dataclasses.replace(getattr(last, name), features=folder) for name in ("data", "validation")}
+    assert dataclasses.replace(last, name=alone.name, trunk_weights=None, **parts) == alone
+
+
+@pytest.mark.parametrize("target", ["k400", "k600", "ssv1", "ssv2", "ucf101", "hmdb51"])
 def test_ssv2_skips_post_pretraining_and_never_flips(target: str) -> None:
     run = progressive.vit_giant(target=target)  # type: ignore[arg-type]
     moving = target.startswith("ssv")

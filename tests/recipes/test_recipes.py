@@ -18,7 +18,7 @@ from tests.tiny_runs import write_clips
 from vmae2_fast import cli
 from vmae2_fast.config import Progression
 from vmae2_fast.recipes_index import all_recipes
-from vmae2_fast.train.progression import smoke
+from vmae2_fast.train.smoke import smoke
 
 ROOT = Path(__file__).parents[2]
 STAGES = ("pretrain", "post_pretrain", "finetune", "scratch", "distill")

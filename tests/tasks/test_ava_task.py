@@ -11,8 +11,10 @@ import torch
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
+from tests.tiny_runs import AVA_MODEL as MODEL
+from tests.tiny_runs import ava_config as config
 from vmae2_fast import cli
-from vmae2_fast.config import AvaConfig, AvaDataConfig, ModelConfig, OptimConfig, TrainConfig
+from vmae2_fast.config import AvaConfig, ModelConfig, TrainConfig
 from vmae2_fast.data.ava import ACTIONS, AvaError, read_annotations, write_results
 from vmae2_fast.data.ava_loader import AvaBatch
 from vmae2_fast.data.loader import BadDataError
@@ -23,31 +25,10 @@ from vmae2_fast.tasks import create_task
 from vmae2_fast.tasks.metrics.ava import score_files
 from vmae2_fast.train.loop import train
 
-MODEL = ModelConfig(
-    name="vit_small_patch16_224", frames=4, size=48, patch=8, width=48, depth=2, heads=2, num_classes=ACTIONS,
-    pooling="first", init_std=0.1, head_init_scale=1.0,
-)  # fmt: skip
-
 
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_ava_scenes(tmp_path_factory.mktemp("ava") / "scenes", train=64, val=16)
-
-
-def config(scenes: Path, out: Path, **changes) -> AvaConfig:
-    data = AvaDataConfig(
-        videos=str(scenes / "videos"), annotations=str(scenes / "train.csv"), labels=str(scenes / "labels.pbtxt"),
-        short_side=(48, 56), flip=True, workers=1, prefetch=2, cache_mb=64,
-    )  # fmt: skip
-    validation = dataclasses.replace(
-        data, annotations=str(scenes / "val.csv"), boxes=str(scenes / "people.csv"), short_side=(48, 48), flip=False
-    )
-    plain = AvaConfig(
-        name="toy_ava", model=MODEL, data=data, validation=validation, out=str(out),
-        optim=OptimConfig(lr=4e-3, lr_batch=0, min_lr=1e-5, warmup_epochs=2, betas=(0.9, 0.999)),
-        train=TrainConfig(epochs=24, global_batch=8, threads=1, checkpoint_every=100, log_every=20),
-    )  # fmt: skip
-    return dataclasses.replace(plain, **changes)
 
 
 def test_a_class_that_lies_inside_the_box_is_learned(scenes: Path, tmp_path: Path) -> None:

@@ -9,16 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.tiny_runs import TAD_DETECTOR as DETECTOR
+from tests.tiny_runs import TAD_TRUNK as TRUNK
 from tests.tiny_runs import metrics_without_time
-from vmae2_fast.config import (
-    ActionFormerConfig,
-    DetectionConfig,
-    ModelConfig,
-    OptimConfig,
-    TadConfig,
-    TadDataConfig,
-    TrainConfig,
-)
+from tests.tiny_runs import tad_config as config
+from tests.tiny_runs import tad_data as data
+from vmae2_fast.config import DetectionConfig
 from vmae2_fast.data.synthetic_tad import write_tad_features
 from vmae2_fast.tasks import TadTask, create_task
 from vmae2_fast.train import loop, train
@@ -26,37 +22,12 @@ from vmae2_fast.train.loop import accumulate
 from vmae2_fast.train.optim import Optimizer
 from vmae2_fast.train.saver import Saver
 
-TRUNK = ModelConfig(name="vit_small_patch16_224", width=16, depth=1, heads=2, frames=16, size=32)
-DETECTOR = ActionFormerConfig(
-    classes=3, width=32, windows=(9, 9, 9, 9), range_ends=(4.0, 8.0, 16.0), max_length=128, stem_blocks=1,
-    initial_normalizer=20.0,
-)  # fmt: skip
-
 
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory):
     root = tmp_path_factory.mktemp("tad") / "data"
     write_tad_features(root)
     return root
-
-
-def data(toy, subset="validation", **changes):
-    values = {"features": str(toy / "features"), "annotations": str(toy / "annotations.json"), "subset": subset, "workers": 1}
-    return TadDataConfig(**{**values, **changes})
-
-
-def config(toy, out, epochs=3, **changes):
-    return TadConfig(
-        **{
-            "name": "toy", "model": TRUNK, "detector": DETECTOR, "out": str(out),
-            "data": data(toy, crop_range=(0.9, 1.0)), "validation": data(toy, "test"),
-            "optim": OptimConfig(
-                lr=4e-3, lr_batch=0, min_lr=1e-6, warmup_epochs=0.1 * epochs, betas=(0.9, 0.999), clip_grad=1.0, ema_decay=0.95
-            ),
-            "train": TrainConfig(epochs=epochs, global_batch=4, threads=1, checkpoint_every=8, log_every=4),
-            **changes,
-        }
-    )  # fmt: skip
 
 
 def test_learns_to_detect_in_sequences_it_has_not_seen(toy, tmp_path):

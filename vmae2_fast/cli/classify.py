@@ -200,7 +200,6 @@ def extract(
     out: str,
     model: str | None = None,
     features: tyro.conf.OmitArgPrefixes[ExtractConfig] = _EXTRACT,
-    normalize: Literal["imagenet", "none"] = "imagenet",
     frames: int | None = None,
     shard: str | None = None,
 ) -> dict[str, Any]:
@@ -215,27 +214,23 @@ def extract(
         weights: run directory or weights file; with --model also pre-training weights, whose encoder is taken.
         out: folder of the features, mirroring the folders of the videos.
         model: official name, where the weights file does not hold it.
-        normalize: what the model is shown: pixels by ImageNet's mean and deviation, or just in [0, 1].
         frames: frames of a window, where it differs from what the weights say.
         shard: I/N, the I-th (from 1) of N shares of the videos.
     """
     import torch
 
-    from ..extraction import extract as run
-    from ..extraction import find_videos
     from ..inference import load_model
+    from ..tasks.features import extract_features, find_videos
 
     if not videos:
         raise ValueError("extract needs at least one video or folder of videos")
     share = parse_shard(shard)
     found = find_videos(videos)
     changes: dict[str, Any] = {} if frames is None else {"frames": frames}
-    if normalize == "none":
-        changes |= {"pixel_mean": (0.0, 0.0, 0.0), "pixel_std": (1.0, 1.0, 1.0)}
     loaded = load_model(weights, model, kind="classify", head_needed=False, **changes)
     loaded.model.to("cuda" if torch.cuda.is_available() else "cpu")
     where = (share.rank, share.world) if share else (0, 1)
-    result = run(loaded.model, found, out, features, about={"weights": weights, "normalize": normalize}, shard=where)
+    result = extract_features(loaded.model, found, out, features, weights_file=weights, shard=where)
     print(
         f"{out}: {result['written']} files written with {result['rows']} rows of {result['width']}, "
         f"{result['skipped']} were there, {len(result['failed'])} videos could not be decoded"

@@ -83,7 +83,8 @@ def _run(run: Any, options: LaunchOptions, arguments: list[str]) -> dict[str, An
     from ..report import missing
     from ..train.batch import split_batch
     from ..train.parallel import leave, placement
-    from ..train.progression import check_stage, describe, selected, smoke
+    from ..train.progression import check_stage, describe, selected
+    from ..train.smoke import smoke
 
     if options.smoke:
         run = smoke(run)
@@ -117,14 +118,14 @@ def _run(run: Any, options: LaunchOptions, arguments: list[str]) -> dict[str, An
 def _check(run: Any, options: LaunchOptions, stages: list[Any]) -> dict[str, Any]:
     from ..train.parallel import join
     from ..train.preflight import lines, preflight, standing_alone
-    from ..train.progression import prepare
+    from ..train.progression import prepare, starting_from
 
     world, _ = join()
+    if options.weights:
+        stages = [starting_from(stages[0], options.weights), *stages[1:]]
     if isinstance(run, Progression):
         world.on_first(lambda: prepare(run))
         stages = [dataclasses.replace(standing_alone(stage), out=run.out) for stage in stages]
-    if options.weights:
-        stages = [dataclasses.replace(stages[0], init=options.weights), *stages[1:]]
     results = []
     for stage in stages:
         results.append(preflight(stage))

@@ -10,22 +10,13 @@ from typing import Any, Literal
 import tyro
 
 from ..config import require
+from .classify import parse_shard
 
 
 def _device() -> str:
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def _share(text: str | None) -> tuple[int, int]:
-    """I/N, I from 1, as (i, n) from 0."""
-    if text is None:
-        return 0, 1
-    first, slash, count = text.partition("/")
-    good = bool(slash) and first.isdigit() and count.isdigit() and 1 <= int(first) <= int(count)
-    require(good, f"--shard {text}: must be I/N, the I-th (from 1) of N shares")
-    return int(first) - 1, int(count)
 
 
 def _target(out: str, *endings: str) -> Path:
@@ -44,10 +35,13 @@ def features(
     step: int = 4,
     normalize: Literal["none", "imagenet"] = "none",
     batch: int = 16,
-    precision: Literal["float32", "bfloat16"] = "float32",
+    precision: Literal["float32", "bfloat16", "float16"] = "float32",
     shard: str | None = None,
 ) -> dict[str, Any]:
-    """Take features of untrimmed videos, window by window; those that are there already are left alone.
+    """Take features of untrimmed videos as the released ones were taken; those that are there already are left alone.
+
+    This is `vmae2 extract` with windows of consecutive frames, whole frames squashed to a square, and a file a video by its
+    name alone, as annotations call it.
 
     Example: vmae2 tad features thumos14/videos --weights vit_g_k710.pth --model vit_giant_patch14_224 --out th14_features
     Example: vmae2 tad features fineaction/videos --weights runs/finetune --step 16 --out features --shard 1/8
@@ -58,19 +52,22 @@ def features(
         out: folder of the features, one VIDEO.npy each.
         model: official name, where the weights file does not hold it.
         step: frames between two windows: 4 for THUMOS14, 16 for FineAction.
-        normalize: what the model is shown: pixels in [0, 1] as for the released features, or ImageNet's colours.
+        normalize: what the model is shown: pixels in [0, 1] as for the released features, or as it was trained.
         batch: windows of a forward.
         precision: bfloat16 is faster on a GPU.
         shard: I/N, the I-th (from 1) of N shares of the videos.
     """
+    from ..config import ExtractConfig
     from ..inference import load_model
-    from ..tasks.tad_features import FeatureConfig, extract_features, find_videos
+    from ..tasks.features import extract_features, find_videos
 
     require(bool(videos), "tad features needs at least one video or folder of videos")
-    share, found = _share(shard), find_videos(videos)
-    config = FeatureConfig(step=step, normalize=normalize, batch=batch, precision=precision)
-    trunk = load_model(weights, model, kind="classify").model.to(_device())
-    result = extract_features(trunk, found, out, config, about={"weights": weights}, shard=share)
+    share, found = parse_shard(shard), find_videos(videos, by_stem=True)
+    config = ExtractConfig(step=step, resize="squash", normalize=normalize, batch=batch, precision=precision)
+    trunk = load_model(weights, model, kind="classify", head_needed=False).model.to(_device())
+    result = extract_features(
+        trunk, found, out, config, weights_file=weights, shard=(share.rank, share.world) if share else (0, 1)
+    )
     print(
         f"{out}: {result['written']} videos with {result['windows']} windows written, {result['skipped']} were there, "
         f"{len(result['failed'])} could not be decoded; {result['frames']} frames decoded, window by window it had been "
@@ -106,12 +103,12 @@ def scores(
     """
     from ..data.tad import write_json
     from ..inference import load_model
-    from ..tasks.tad_features import find_videos
+    from ..tasks.features import find_videos
     from ..temporal_detection import score_videos
 
     require(bool(videos), "tad scores needs at least one video or folder of videos")
     require(min(segments, crops, stride) >= 1, "tad scores: segments, crops and stride must be at least 1")
-    target, found = _target(out, ".json"), find_videos(videos)
+    target, found = _target(out, ".json"), find_videos(videos, by_stem=True)
     loaded = load_model(weights, model, kind="classify")
     loaded.model.to(_device())
     content, failed = score_videos(loaded, found, segments=segments, crops=crops, stride=stride)

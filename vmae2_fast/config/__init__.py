@@ -9,7 +9,7 @@ from .ava import AvaConfig, AvaDataConfig
 from .checks import divisible, require, unknown
 from .clips import ClassifyConfig, DistillConfig, ExtractConfig, PretrainConfig
 from .codec import KINDS, from_dict, load, save, to_dict
-from .progression import PrepareConfig, Progression, Stage
+from .progression import PrepareConfig, Progression, SceneKind, Stage
 from .run import (
     AugmentConfig,
     DataConfig,
@@ -27,6 +27,7 @@ from .tad import ActionFormerConfig, DetectionConfig, TadConfig, TadDataConfig
 __all__ = [
     "KINDS", "ActionFormerConfig", "AugmentConfig", "AvaConfig", "AvaDataConfig", "ClassifyConfig", "DataConfig",
     "DetectionConfig", "DistillConfig", "ExtractConfig", "MaskConfig", "MixConfig", "ModelConfig", "OptimConfig",
-    "PrepareConfig", "PretrainConfig", "Progression", "RunConfig", "SourceConfig", "Stage", "TadConfig", "TadDataConfig",
+    "PrepareConfig", "PretrainConfig", "Progression", "RunConfig", "SceneKind", "SourceConfig", "Stage", "TadConfig",
+    "TadDataConfig",
     "TrainConfig", "ViewsConfig", "divisible", "from_dict", "load", "require", "save", "to_dict", "unknown",
 ]  # fmt: skip

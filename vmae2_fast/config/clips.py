@@ -82,11 +82,14 @@ class ExtractConfig:
     """Frames between the starts of two windows; None: a whole window. Clip level only."""
     resize: Literal["crop", "squash"] = "crop"
     """The centre square, or the whole frame without its aspect ratio (released features for temporal detection)."""
+    normalize: Literal["imagenet", "none"] = "imagenet"
+    """What the model is shown: pixels by its own mean and deviation (ImageNet's), or just in [0, 1], as for the released
+    features for temporal detection."""
     format: Literal["npy", "safetensors"] = "npy"
     """npy: float32 [N, D]; safetensors: `features` and `frames` int64 [N, 2], first frame and one past the last."""
     batch: int = 16
     """Windows of one forward."""
-    precision: Literal["float32", "bfloat16"] = "float32"
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
 
     def __post_init__(self) -> None:
         for name in ("stride", "batch"):

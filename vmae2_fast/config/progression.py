@@ -10,6 +10,7 @@ from .checks import at_least, require, unknown
 from .clips import ClassifyConfig, DistillConfig, PretrainConfig
 from .tad import TadConfig
 
+SceneKind = Literal["moving", "boxes", "untrimmed", "features"]
 Stage = PretrainConfig | ClassifyConfig | DistillConfig | AvaConfig | TadConfig
 
 
@@ -19,17 +20,18 @@ class PrepareConfig:
 
     folder: str | None = None
     """A folder of labelled videos (file name or sub-folder = label); None writes scenes of ours."""
-    scenes: Literal["moving", "boxes", "features"] = "moving"
-    """Moving scenes with a class each, scenes with several boxes in AVA's formats, or features of untrimmed videos with
-    annotations in THUMOS14's style."""
+    scenes: tuple[SceneKind, ...] = ("moving",)
+    """Moving scenes with a class each (or `folder`), scenes with several boxes in AVA's formats, untrimmed videos with
+    annotations in THUMOS14's style, or features of such."""
     size: int = 64
-    """Height and width of a scene; short side of the small copies made of a folder's videos."""
+    """Height and width of a scene; short side of the small copies made of a folder's videos; channels of features."""
     scale: float = 1.0
     """Number of scenes as a multiple of the demo's."""
     seed: int = 0
 
     def __post_init__(self) -> None:
         at_least(self, "prepare", 1, "size")
+        require(bool(self.scenes), "prepare.scenes: name at least one kind")
         require(self.scale > 0, f"prepare.scale={self.scale}: must be above 0")
 
 

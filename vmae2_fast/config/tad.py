@@ -150,7 +150,8 @@ class TadConfig(RunConfig):
     label_smoothing: float = 0.0
     normalizer_momentum: float = 0.9
     trunk_weights: str | None = None
-    """Weights of `model`, to take missing features of `data.videos` with before training; None: all must be there."""
+    """Weights of `model`, to take missing features of `data.videos` with before training; None: all must be there. "random"
+    takes a trunk that has learned nothing."""
     normalize: Literal["none", "imagenet"] = "none"
     """What the trunk is shown: pixels in [0, 1] as the released features, or normalised as it was trained."""
     video_scores: str | None = None

@@ -279,3 +279,6 @@ def check_features(folder: str | Path, *, step: int, frames: int) -> None:
     for key, value, where in (("step", step, "data.stride"), ("frames", frames, "model.frames")):
         if header.get(key) != value:
             raise TadError(f"{folder}: features were taken with {key} {header.get(key)}, {where} is {value}; make them equal")
+    for key, needed in (("level", "clip"), ("stride", 1), ("format", "npy")):
+        if header.get(key, needed) != needed:
+            raise TadError(f"{folder}: features were taken with {key} {header[key]}, detection needs {needed}")

@@ -313,17 +313,18 @@ class TadLoader:
 
 
 class TadEvaluationLoader:
-    """Every video of a subset once, whole (`Sequence`)."""
+    """Every video of a subset once, whole (`Sequence`); on rank r of w the videos r, r + w, ..."""
 
-    def __init__(self, source: TadSource) -> None:
+    def __init__(self, source: TadSource, rank: int = 0, world: int = 1) -> None:
         self.source = source
         self.stats: dict[str, Any] = {"bad": {}}
+        self._numbers = range(rank, len(source), world)
 
     def __len__(self) -> int:
-        return len(self.source)
+        return len(self._numbers)
 
     def __iter__(self) -> Iterator[Sequence]:
-        return (self.source.read(i) for i in range(len(self.source)))
+        return map(self.source.read, self._numbers)
 
     def __enter__(self) -> TadEvaluationLoader:
         return self

@@ -1,81 +1,78 @@
-"""Sliding windows over an untrimmed video in one pass: every frame is decoded and resized once, whatever the windows share.
+"""Sliding windows over a whole video in one pass: every frame is decoded and resized once, whatever the windows share.
 
-So are the released features for temporal detection: windows of 16 consecutive frames, one every 4 (THUMOS14) or 16
-(FineAction), each frame stretched to the model's square by plain bilinear interpolation and divided by 255. The released
-script decodes every window for itself, 16 frames each.
+The released features for temporal detection are windows of 16 consecutive frames, one every 4 (THUMOS14) or 16 (FineAction);
+the released script decodes every window for itself, 16 frames each.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterator
-from typing import Literal
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..ops.patches import IMAGENET_MEAN, IMAGENET_STD
-from .decode import probe, stream_video
+from ..config import ExtractConfig
+from ..ops.resize import resize_crop
+from .decode import stream_video
+from .plan import test_windows
 from .sampling import tad_window_starts
 
-Normalize = Literal["none", "imagenet"]
-"""Pixels in [0, 1] as the released features were taken, or by ImageNet's mean and deviation as the models were trained."""
+Prepare = Callable[[Tensor], Tensor]
+"""Decoded frames uint8 [N, H, W, 3] -> the frames a model is shown, [N, ...]."""
 
 
-def window_starts(num_frames: int, frames: int, step: int) -> np.ndarray:
-    """First frames of the windows, int64; a video shorter than a window has one, which repeats its last frame."""
-    return tad_window_starts(max(num_frames, frames), step, frames)
+def window_frames(num_frames: int, frames: int, config: ExtractConfig) -> np.ndarray:
+    """Frame ids of every window of `frames` frames, int64 [windows, frames]; ids past the end repeat the last frame.
+
+    Clip level: starts 0, step, ... while a whole window fits (the official rule); a video shorter than a window, where the
+    released script fails, has one. Frame level: one behind the other up to the end."""
+    span = frames * config.stride
+    if config.level == "clip":
+        starts = tad_window_starts(max(num_frames, span), config.step or span, span)
+    else:
+        starts = np.arange(0, num_frames, span)
+    return np.minimum(starts[:, None] + config.stride * np.arange(frames), num_frames - 1)
 
 
-def resize_frames(frames: Tensor, size: int, normalize: Normalize) -> Tensor:
-    """uint8 [N, H, W, 3] as float32 [N, 3, size, size]: bilinear without antialiasing, the aspect ratio not kept."""
+def crop_frames(frames: Tensor, size: int) -> Tensor:
+    """uint8 [N, H, W, 3] -> uint8 [N, size, size, 3]: the centre square, as in the centre view of a test."""
+    return resize_crop(frames, test_windows(frames.shape[1], frames.shape[2], size, 1), size)[0]
+
+
+def squash_frames(frames: Tensor, size: int) -> Tensor:
+    """uint8 [N, H, W, 3] -> float32 [N, 3, size, size] in [0, 1]: bilinear without antialiasing, the aspect ratio not kept."""
     pixels = frames.permute(0, 3, 1, 2).float() / 255
-    if pixels.shape[2:] != (size, size):
-        pixels = F.interpolate(pixels, (size, size), mode="bilinear", align_corners=False)
-    if normalize == "imagenet":
-        mean, std = (pixels.new_tensor(v)[:, None, None] for v in (IMAGENET_MEAN, IMAGENET_STD))
-        pixels = (pixels - mean) / std
-    return pixels
+    if pixels.shape[2:] == (size, size):
+        return pixels
+    return F.interpolate(pixels, (size, size), mode="bilinear", align_corners=False)
 
 
 def stream_windows(
-    path: str, *, frames: int, step: int, size: int, batch: int, normalize: Normalize, device: torch.device | str = "cpu"
+    path: str, wanted: np.ndarray, prepare: Prepare, *, batch: int, device: torch.device | str = "cpu"
 ) -> Iterator[Tensor]:
-    """The windows of a video in order, float32 [<= batch, 3, frames, size, size] on `device`.
+    """The windows of frame ids `wanted` [windows, T] (ascending) in order, as [<= batch, T, ...] of what `prepare` makes.
 
-    Frames are resized on `device`, and kept only while a window to come needs them: memory does not grow with the length of
-    the video. Raises DecodeError naming the file.
+    Frames are prepared on `device`, and kept only while a window to come needs them: memory does not grow with the length of
+    the video. The video is read to its end. Raises DecodeError naming the file.
     """
-    starts = deque(window_starts(probe(path).num_frames, frames, step).tolist())
-    kept: deque[Tensor] = deque()  # frames first, first + 1, ...
-    first = count = 0
+    kept: dict[int, Tensor] = {}
     clips: list[Tensor] = []
-
-    def take() -> None:
-        clips.append(torch.stack([kept[starts[0] - first + i] for i in range(frames)], dim=1))
-        starts.popleft()
-
+    count = following = 0
     for chunk in stream_video(path):
-        pixels = resize_frames(torch.from_numpy(chunk).to(device, non_blocking=True), size, normalize)
-        for frame in pixels.unbind():
-            if starts and count >= starts[0]:
-                # a view would keep the whole chunk alive as long as its last frame is needed
-                kept.append(frame.clone())
-            else:
-                first = count + 1
+        for frame in prepare(torch.from_numpy(chunk).to(device, non_blocking=True)):
+            if following < len(wanted) and count >= wanted[following, 0]:
+                kept[count] = frame.clone()  # a view would keep the whole chunk alive as long as its last frame is needed
             count += 1
-            if starts and count == starts[0] + frames:
-                take()
-                while kept and (not starts or first < starts[0]):
-                    kept.popleft()
-                    first += 1
+            while following < len(wanted) and wanted[following, -1] < count:
+                clips.append(torch.stack([kept[k] for k in wanted[following].tolist()]))
+                following += 1
+                oldest = wanted[following, 0] if following < len(wanted) else count
+                for k in [k for k in kept if k < oldest]:
+                    del kept[k]
                 if len(clips) == batch:
                     yield torch.stack(clips)
                     clips.clear()
-    if starts and kept:  # shorter than a window
-        kept.extend([kept[-1]] * (frames - len(kept)))
-        take()
     if clips:
         yield torch.stack(clips)

@@ -9,6 +9,7 @@ of these is in the `LoadReport`. Anything else is a surprise and raises before a
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -261,6 +262,17 @@ def _write_safetensors(state: Mapping[str, Tensor], path: Path, header: dict[str
         write_whole(path, lambda temporary: save_file(tensors, temporary, header))
     except SafetensorError as error:
         raise OSError(f"{path}: cannot be written: {error}") from error
+
+
+def weights_digest(model: nn.Module, *, without: tuple[str, ...] = ()) -> str:
+    """SHA-256 over the names and values of a model's state; without: beginnings of names that are left out."""
+    digest = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        if name.startswith(without):
+            continue
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:

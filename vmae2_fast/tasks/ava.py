@@ -30,6 +30,7 @@ class AvaTask(Task[AvaConfig]):
 
     model: Detector
     best_by = "frame_map"
+    shares_evaluation = True
 
     def __init__(self, config: AvaConfig, device: torch.device | str = "cpu") -> None:
         super().__init__(config, device)
@@ -56,7 +57,10 @@ class AvaTask(Task[AvaConfig]):
         if self.config.validation is None:
             raise ValueError(f"{self.config.name}: config.validation is not set, there is nothing to evaluate on")
         model = self.config.model
-        return AvaEvaluationLoader(self.config.validation, frames=model.frames, size=model.size, quarantine=quarantine)
+        return AvaEvaluationLoader(
+            self.config.validation, frames=model.frames, size=model.size, quarantine=quarantine, rank=self.rank,
+            world=self.world,
+        )  # fmt: skip
 
     def class_names(self) -> tuple[str, ...] | None:
         """Names of the actions by number; an action the label map leaves out is called by its number."""
@@ -81,21 +85,24 @@ class AvaTask(Task[AvaConfig]):
         total = F.binary_cross_entropy_with_logits(logits, label, reduction="sum") / ACTIONS
         return {"loss_sum": total, "boxes": torch.tensor(float(len(boxes)), device=self.device)}
 
-    @torch.no_grad()
     def detections(self, views: Iterable[AvaClip]) -> Iterator[tuple[str, np.ndarray, int, float]]:
         """(key frame, box as shares, action, score) of every box and action: sigmoid times the person detector's score."""
+        for names, boxes, scores in self._scored(views):
+            for name, box, row in zip(names, boxes, scores):
+                yield from ((name, box, action, float(score)) for action, score in enumerate(row, 1))
+
+    @torch.no_grad()
+    def _scored(self, views: Iterable[AvaClip]) -> Iterator[tuple[list[str], np.ndarray, np.ndarray]]:
+        """Key frame of each box, boxes float64 [n, 4] as shares, and scores float64 [n, 80], a few clips at a time."""
         self.model.eval()
         for clips in self._of_one_size(views):
             rows = [F.pad(clip.boxes, (1, 0), value=float(i)) for i, clip in enumerate(clips)]
             with self.autocast():
                 stacked = torch.stack([clip.clip for clip in clips]).to(self.device, non_blocking=True)
                 logits = self.model(stacked, torch.cat(rows).to(self.device, non_blocking=True))
-            probabilities = logits.double().sigmoid().cpu().numpy()
-            shares = np.concatenate([clip.shares for clip in clips])
-            scores = np.concatenate([clip.scores for clip in clips])
-            names = [clip.frame.name for clip in clips for _ in clip.scores]
-            for name, box, score, row in zip(names, shares, scores, probabilities):
-                yield from ((name, box, action, float(p * score)) for action, p in enumerate(row, 1))
+            people = np.concatenate([clip.scores for clip in clips])
+            scores = logits.double().sigmoid().cpu().numpy() * people[:, None]
+            yield [c.frame.name for c in clips for _ in c.scores], np.concatenate([c.shares for c in clips]), scores
 
     def _of_one_size(self, views: Iterable[AvaClip]) -> Iterator[list[AvaClip]]:
         """Neighbours of one size, at most `config.clips` of them: key frames of one video follow one another."""
@@ -116,6 +123,21 @@ class AvaTask(Task[AvaConfig]):
         names = read_label_map(data.labels) if data.labels else {int(a): str(a) for a in np.unique(truth.actions)}
         return truth, names, read_exclusions(data.exclusions) if data.exclusions else frozenset()
 
+    def _all_rows(self, views: Iterable[AvaClip]) -> Rows:
+        """What all ranks found, in the order in which one process finds it: of equal scores the first counts first."""
+        scored = [part for parts in self.gather(list(self._scored(views))) for part in parts]
+        names = [name for part in scored for name in part[0]]
+        boxes = np.concatenate([np.zeros((0, 4)), *(part[1] for part in scored)])
+        scores = np.concatenate([np.zeros((0, ACTIONS)), *(part[2] for part in scored)])
+        if isinstance(views, AvaEvaluationLoader):
+            place = {frame.name: i for i, frame in enumerate(views.key_frames)}
+            order = sorted(range(len(names)), key=lambda i: place[names[i]])
+            names, boxes, scores = [names[i] for i in order], boxes[order], scores[order]
+        return Rows(
+            [name for name in names for _ in range(ACTIONS)], boxes.repeat(ACTIONS, axis=0),
+            np.tile(np.arange(1, ACTIONS + 1), len(names)), scores.reshape(-1), frozenset(),
+        )  # fmt: skip
+
     def evaluate(self, views: Iterable[AvaClip]) -> dict[str, Any]:  # type: ignore[override]
         """{"frame_map" in `config.style`, "frame_map_activitynet", "boxes", "per_class", "not_counted"} on
         `config.validation`.
@@ -123,14 +145,7 @@ class AvaTask(Task[AvaConfig]):
         Key frames whose video could not be decoded count as missed: their ground truth stays.
         """
         truth, names, exclusions = self._truth()
-        found = list(self.detections(views))
-        rows = Rows(
-            [row[0] for row in found],
-            np.asarray([row[1] for row in found], dtype=np.float64).reshape(-1, 4),
-            np.asarray([row[2] for row in found], dtype=np.int64),
-            np.asarray([row[3] for row in found], dtype=np.float64),
-            frozenset(),
-        )
+        rows = self._all_rows(views)
 
         def score(style: Style) -> FrameAP:
             return frame_map(truth, rows, names, exclusions=exclusions, style=style)
@@ -142,7 +157,7 @@ class AvaTask(Task[AvaConfig]):
         return {
             "frame_map": result.mean,
             "frame_map_activitynet": score("activitynet").mean,
-            "boxes": len(found) // ACTIONS,
+            "boxes": len(rows.frames) // ACTIONS,
             "per_class": {names[action]: value for action, value in result.per_class.items()},
             "not_counted": not_counted,
         }

@@ -48,6 +48,11 @@ class Task(Generic[Config]):
     model: PretrainViT | VisionTransformer | ActionFormer
     best_by: str | None = None
     """Metric of `evaluate` whose best weights a run keeps beside the last ones (`best.safetensors`)."""
+    shares_evaluation = False
+    """Whether `validation_views` gives each of `world` ranks a share of its own and `evaluate` gathers what all found."""
+    rank, world = 0, 1
+    gather: Callable[[Any], list[Any]] = staticmethod(lambda value: [value])
+    """A picklable value of every rank, in the order of ranks, on every rank."""
 
     def __init__(self, config: Config, device: torch.device | str = "cpu", *, on_meta: bool = False) -> None:
         """on_meta: leave the model without memory, to be split over ranks before it gets any (`train.parallel.distribute`)."""

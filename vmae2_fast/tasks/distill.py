@@ -24,12 +24,12 @@ from ..data.augment import mix_clips, mix_targets, plan_mix, smooth_targets
 from ..data.evaluation_loader import VideoViews
 from ..data.loader import Batch
 from ..models import PretrainViT, VisionTransformer, build_model, resolve
-from ..models.weights import load_weights
+from ..models.weights import load_weights, weights_digest
 from ..ops.masks import DualMask, dual_mask, mask_sizes
 from .base import Task, autocast_dtype, class_labels, view_batches
 from .classify import build_classifier, kept_branches, view_rows
 from .metrics.classification import classification_metrics, merge_views
-from .teacher_cache import FREE, TeacherCache, weights_digest
+from .teacher_cache import FREE, TeacherCache
 
 
 def distillation_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import datetime
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +15,41 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..config import TadConfig, TadDataConfig
+from ..config import ExtractConfig, TadConfig, TadDataConfig
 from ..data.manifest import Source
-from ..data.tad import Detections, TadError, choose_subset, read_annotations, read_video_scores
+from ..data.tad import FEATURES_HEADER, Detections, TadError, choose_subset, read_annotations, read_video_scores
 from ..data.tad_loader import AGNOSTIC, TadBatch, TadEvaluationLoader, TadLoader, TadSource
 from ..data.tad_loader import Sequence as VideoSequence
 from ..models import LoadReport, VisionTransformer, build_model, load_weights, resolve
 from ..models.actionformer import ActionFormer
 from ..models.actionformer_weights import load_actionformer
 from .base import Task
+from .features import check_header, extract_features, features_header, find_videos
 from .metrics.tad import Segments, detection_map, report, thresholds
 from .tad_detect import detect, fuse_all
-from .tad_features import FeatureConfig, extract_features, find_videos
 from .tad_losses import distance_loss, focal_loss, smooth
+
+
+@contextlib.contextmanager
+def _ranks() -> Iterator[tuple[int, int, Callable[[Any], list[Any]]]]:
+    """(rank, ranks, gather) of a run on several ranks, or of a process alone. Taking the features of long videos keeps ranks
+    apart for hours, which a group of their own waits for."""
+    dist = torch.distributed
+    if not (dist.is_available() and dist.is_initialized()):
+        yield 0, 1, lambda value: [value]
+        return
+    group = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=7))
+    size = dist.get_world_size()
+
+    def gather(value: Any) -> list[Any]:
+        values: list[Any] = [None] * size
+        dist.all_gather_object(values, value, group=group)
+        return values
+
+    try:
+        yield dist.get_rank(), size, gather
+    finally:
+        dist.destroy_process_group(group)
 
 
 class TadTask(Task[TadConfig]):
@@ -34,6 +58,7 @@ class TadTask(Task[TadConfig]):
 
     model: ActionFormer
     best_by = "average_map"
+    shares_evaluation = True
 
     def __init__(self, config: TadConfig, device: torch.device | str = "cpu") -> None:
         super().__init__(config, device)
@@ -46,6 +71,7 @@ class TadTask(Task[TadConfig]):
             )
         self.model = ActionFormer(dataclasses.replace(config.detector, inputs=channels)).to(self.device)
         self._names: tuple[str, ...] | None = None
+        self._taken: list[TadDataConfig] = []
 
     def load_init(self, source: str | Path) -> LoadReport:
         return load_actionformer(self.model, source)
@@ -58,33 +84,46 @@ class TadTask(Task[TadConfig]):
         )
 
     def _take_features(self, data: TadDataConfig) -> None:
-        """Take the features of annotated videos that are not there yet, where the config says how."""
+        """Take the features of annotated videos that are not there yet, where the config says how; ranks share the work."""
         config = self.config
-        if config.trunk_weights is None or data.videos is None:
+        if config.trunk_weights is None or data.videos is None or data in self._taken:
             return
+        self._taken.append(data)
         wanted = choose_subset(read_annotations(data.annotations), data.subset, data.block_list)
         missing = [name for name in wanted if not os.path.isfile(os.path.join(data.features, f"{name}.npy"))]
-        if not missing:
-            return
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            raise TadError(
-                f"{data.features}: {len(missing)} videos have no features; take them before a run on several ranks, "
-                "`vmae2 tad features --shard I/N`"
+        there = os.path.exists(os.path.join(data.features, FEATURES_HEADER))
+        with _ranks() as (rank, world, gather):
+            gather(None)  # nobody writes before all have looked
+            if not missing and not there:
+                return
+            how = ExtractConfig(
+                step=data.stride, resize="squash", normalize=config.normalize, precision=config.train.precision
             )
-        videos = find_videos([data.videos])
-        lost = [name for name in missing if name not in videos]
-        if lost:
-            raise TadError(f"{data.videos}: no video of {lost[0]}" + (f" and {len(lost) - 1} more" if lost[1:] else ""))
-        trunk = build_model(config.model)
+            trunk = self._trunk(config.trunk_weights)
+            if not missing:
+                check_header(Path(data.features), features_header(trunk, how))
+                return
+            videos = find_videos([data.videos], by_stem=True)
+            lost = [name for name in missing if name not in videos]
+            if lost:
+                raise TadError(f"{data.videos}: no video of {lost[0]}" + (f" and {len(lost) - 1} more" if lost[1:] else ""))
+            taken = extract_features(
+                trunk.to(self.device), {name: videos[name] for name in missing}, data.features, how,
+                weights_file=config.trunk_weights, shard=(rank, world),
+            )  # fmt: skip
+            for failed in gather(taken["failed"]):
+                for path, reason in failed.items():
+                    raise TadError(f"{path}: {reason}; mend it, or put it on data.block_list")
+
+    def _trunk(self, weights: str) -> VisionTransformer:
+        # The random numbers of a run are the same with features there and without.
+        with torch.random.fork_rng(devices=[]), torch.device("cpu" if weights == "random" else "meta"):
+            torch.manual_seed(self.config.seed)
+            trunk = build_model(self.config.model)
         assert isinstance(trunk, VisionTransformer)
-        print(load_weights(trunk, config.trunk_weights), file=sys.stderr)
-        taken = extract_features(
-            trunk.to(self.device), {name: videos[name] for name in missing}, data.features,
-            FeatureConfig(step=data.stride, normalize=config.normalize, precision=config.train.precision),
-            about={"weights": config.trunk_weights},
-        )  # fmt: skip
-        for path, reason in taken["failed"].items():
-            raise TadError(f"{path}: {reason}; mend it, or put it on data.block_list")
+        if weights != "random":
+            print(f"features: {load_weights(trunk, weights)}", file=sys.stderr)
+        return trunk
 
     def class_names(self) -> tuple[str, ...]:
         """Names of the classes, those of the training annotations. Raises ValueError if the detector has another number."""
@@ -110,7 +149,7 @@ class TadTask(Task[TadConfig]):
     def validation_views(self, quarantine: str | os.PathLike[str] | None = None) -> TadEvaluationLoader:  # type: ignore[override]
         if self.config.validation is None:
             raise ValueError(f"{self.config.name}: config.validation is not set, there is nothing to evaluate on")
-        return TadEvaluationLoader(self._source(self.config.validation, training=False))
+        return TadEvaluationLoader(self._source(self.config.validation, training=False), self.rank, self.world)
 
     def check_labels(self, sources: Iterable[Source]) -> None:
         """Nothing to do: annotations are checked as they are read."""
@@ -191,7 +230,8 @@ class TadTask(Task[TadConfig]):
 
     def evaluate(self, views: TadEvaluationLoader) -> dict[str, Any]:  # type: ignore[override]
         """{"average_map", "map" and recall by tIoU, "per_class", "events", "detections", "not_counted"} on these videos."""
-        found = self.detections(views)
+        parts = self.gather(self.detections(views))
+        found = {v.name: part[v.name] for v in views.source.videos for part in parts if v.name in part}
         truth = {v.name: Segments(v.segments, v.labels) for v in views.source.videos}
         tious = thresholds(self.config.benchmark)
         score = detection_map(

@@ -8,7 +8,6 @@ never written, or only in part when a process died, or belongs to another clip, 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import zlib
@@ -18,22 +17,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..models.weights import write_whole
 
 HEADER = "cache.json"
 FREE = ("workers", "prefetch", "cache_mb", "datasets")
 """Keys of the data's configuration that do not change what a clip holds."""
-
-
-def weights_digest(model: nn.Module) -> str:
-    """SHA-256 over the names and values of a model's state."""
-    digest = hashlib.sha256()
-    for name, value in model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 class TeacherCache:

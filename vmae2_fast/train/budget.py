@@ -1,7 +1,8 @@
 """What a recipe needs on given cards: bytes of each, time of a step, days, clips a node must decode, bytes it must send.
 
 All of it is arithmetic on the exact account of `ledger`; workspace, MFU (share of a card's peak that the model's own
-products reach, recomputation not counted) and so step time and days are estimates. `launch --check` measures.
+products reach, recomputation not counted) and so step time and days are estimates. `launch --check` measures. Of a temporal
+detector the account is that of ActionFormer on one sequence; taking the features before is a forward of the trunk a window.
 """
 
 from __future__ import annotations
@@ -10,14 +11,17 @@ import dataclasses
 from typing import Any, NamedTuple
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
-from ..config import ClassifyConfig, DistillConfig, MaskConfig, PretrainConfig, Stage, unknown
+from ..config import ClassifyConfig, DistillConfig, MaskConfig, PretrainConfig, Stage, TadConfig, unknown
 from ..data.labelled_sets import PUBLISHED_CLIPS
 from ..models import VisionTransformer, build_model
+from ..models.actionformer import ActionFormer
 from ..models.sizes import resolve
 from .batch import micro_batches as possible_micro_batches
 from .batch import split_batch
-from .ledger import BYTES, knobs, ledger
+from .ledger import BYTES, knobs, ledger, saved_bytes
 from .parallel import shards
 
 
@@ -87,19 +91,20 @@ def rank_bytes(stage: Stage, ranks: int, local_ranks: int | None = None) -> dict
     account, train = _account(stage), stage.train
     micro, _ = split_batch(stage, ranks)
     spec = resolve(stage.model)
-    parameters = account["parameters"]
-    total = parameters["total"]
+    total = account["parameters"]["total"]
     trained = _trained(stage, total)
     frozen = trained < total
     split = shards(train.parallel, train.shard_within, ranks, local_ranks or ranks)
     width = BYTES[train.precision]
-    stacks = [(spec.encoder, account["tokens"].get("visible", account["tokens"]["all"]))]
+    stacks = []
+    if not isinstance(stage, TadConfig):  # the trunk of a detector is not trained
+        stacks.append((spec.encoder, account["tokens"].get("visible", account["tokens"]["all"])))
     if spec.decoder is not None:
         stacks.append((spec.decoder, account["tokens"]["sequence"]))
     # A frozen trunk keeps nothing, and gradients are those of the head.
     kept = 0 if frozen else micro * account["activation_bytes"]["total"]
-    widest = max(micro * tokens * (2 * s.mlp_hidden + 2 * s.width) * width for s, tokens in stacks)
-    block = max(4 * s.width * s.width + 2 * s.width * s.mlp_hidden for s, _ in stacks)
+    widest = max((micro * tokens * (2 * s.mlp_hidden + 2 * s.width) * width for s, tokens in stacks), default=0)
+    block = max((4 * s.width * s.width + 2 * s.width * s.mlp_hidden for s, _ in stacks), default=0)
     copies = 2 * width * block if split > 1 else width * total if width < 4 else 0
     workspace = widest + copies
     if isinstance(stage, DistillConfig):
@@ -158,7 +163,7 @@ def budget(stage: Stage, options: BudgetOptions) -> dict[str, Any]:
         traffic = 2 * sent * (options.nodes - 1) / options.nodes
     return {
         "stage": stage.name,
-        "model": stage.model.name,
+        "model": f"ActionFormer on {stage.model.name}" if isinstance(stage, TadConfig) else stage.model.name,
         "card": options.card,
         "gpus": ranks,
         "micro_batch": micro,
@@ -192,8 +197,27 @@ def _trained(stage: Stage, total: int) -> int:
 
 
 def _account(stage: Stage) -> dict[str, Any]:
+    if isinstance(stage, TadConfig):
+        return _detector_account(stage)
     mask: MaskConfig | None = stage.mask if isinstance(stage, PretrainConfig | DistillConfig) else None
     return ledger(stage.model, mask, precision=stage.train.precision)
+
+
+def _detector_account(stage: TadConfig) -> dict[str, Any]:
+    """The account of an ActionFormer on one padded sequence, counted by running it without memory."""
+    detector = stage.detector
+    channels = detector.inputs or resolve(stage.model).encoder.width
+    with FakeTensorMode(), FlopCounterMode(display=False) as counter:
+        model = ActionFormer(dataclasses.replace(detector, inputs=channels))
+        features = torch.zeros(1, detector.max_length, channels)
+        kept = saved_bytes(lambda: model(features, torch.ones(features.shape[:2], dtype=torch.bool)), model)
+    macs = {"total": counter.get_total_flops() // 2}
+    return {
+        "parameters": {"total": sum(p.numel() for p in model.parameters())},
+        "macs": {"executed": macs, "published": macs},
+        "flops_step": 6 * macs["total"],
+        "activation_bytes": {"total": kept},
+    }
 
 
 def lines(stage: Stage, result: dict[str, Any]) -> list[str]:

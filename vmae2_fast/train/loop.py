@@ -116,6 +116,8 @@ class Trainer:
             self._load_init(init)
         if world.rank:
             torch.manual_seed(config.seed + world.rank * 2**32)  # the model is the same on all ranks, drop path is not
+        if self.task.shares_evaluation and train.parallel == "ddp":  # a sharded model's forwards need all ranks each time
+            self.task.rank, self.task.world, self.task.gather = world.rank, world.size, world.gather
         scale = LossScale(device) if self.task.dtype == torch.float16 else None
         run_batch = Graphed if train.cuda_graph else Eager
         self.forward_backward = run_batch(self.task, loss, world, None if scale is None else scale.value)
@@ -282,7 +284,8 @@ class Trainer:
         if self.pending:
             self._flush()
         with self.optimizer.averaged(), self.task.validation_views(self.run.quarantine) as views:
-            metrics = {**self.task.evaluate(views), "left_out": views.stats["bad"]}
+            metrics = self.task.evaluate(views)
+            metrics["left_out"] = dict(sum(map(Counter, self.task.gather(views.stats["bad"])), Counter()))
             self._keep_best(metrics)
         self.task.model.train()
         numbers = {k: v for k, v in metrics.items() if not isinstance(v, (list, dict))}

@@ -15,26 +15,44 @@ from typing import Any
 
 import torch
 
-from ..config import DistillConfig, RunConfig, Stage
+from ..config import RunConfig, Stage, TadConfig, TadDataConfig
+from ..data.tad import TadError, choose_subset, read_annotations
+from ..tasks.features import find_videos
 from .budget import rank_bytes
 from .interrupt import Interrupt
 from .log import read_metrics
 from .loop import Trainer
 from .parallel import join
+from .progression import handed_on
 from .run_directory import RunDirectory
 
 STEPS = 3
-_OF_A_STAGE = "stage:"
 
 
 def standing_alone(stage: Stage) -> Stage:
     """The stage without weights that another stage has yet to write."""
-    changes: dict[str, Any] = {}
-    if stage.init and stage.init.startswith(_OF_A_STAGE):
-        changes["init"] = None
-    if isinstance(stage, DistillConfig) and (stage.teacher_weights or "").startswith(_OF_A_STAGE):
-        changes["teacher_weights"] = "random"
-    return dataclasses.replace(stage, **changes)
+    changes = {key: None if key == "init" else "random" for key in handed_on(stage)}
+    return dataclasses.replace(stage, **changes)  # type: ignore[arg-type]
+
+
+def _few_videos(config: TadConfig, place: Path) -> TadConfig:
+    """Where features are yet to be taken with weights that are yet to be made: those of a batch of the shortest videos, by a
+    trunk of random weights. Raises TadError where an annotated video is not there."""
+
+    def few(data: TadDataConfig, count: int) -> TadDataConfig:
+        wanted = choose_subset(read_annotations(data.annotations), data.subset, data.block_list)
+        there = find_videos([data.videos or ""], by_stem=True)
+        lost = [name for name in wanted if name not in there]
+        if lost:
+            raise TadError(f"{data.videos}: no video of {lost[0]}" + (f" and {len(lost) - 1} more" if lost[1:] else ""))
+        kept = sorted((v.duration, name) for name, v in wanted.items() if v.labels)[:count]
+        others = wanted.keys() - {name for _, name in kept}
+        return dataclasses.replace(
+            data, features=str(place / "features"), block_list=(*data.block_list, *sorted(others))
+        )
+
+    validation = None if config.validation is None else few(config.validation, 1)
+    return dataclasses.replace(config, data=few(config.data, config.train.global_batch), validation=validation)
 
 
 def preflight(config: RunConfig, *, device: torch.device | str | None = None) -> dict[str, Any]:
@@ -49,6 +67,8 @@ def preflight(config: RunConfig, *, device: torch.device | str | None = None) ->
     place = Path(world.on_first(lambda: _directory(config)))
     config = dataclasses.replace(config, out=str(place), train=dataclasses.replace(config.train, log_every=1))
     try:
+        if isinstance(config, TadConfig) and config.trunk_weights == "random":
+            config = _few_videos(config, place)
         run = world.on_first(lambda: RunDirectory.open(config, resume=False))
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)

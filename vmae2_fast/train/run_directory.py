@@ -43,7 +43,7 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
 def _placed(config: dict[str, Any]) -> dict[str, Any]:
     """`config` with weight paths as they lie relative to `out`, so that a moved or otherwise spelled `out` is the same run."""
     placed = dict(config)
-    for key in ("init", "teacher_weights"):
+    for key in WEIGHT_KEYS:
         path = placed.get(key)
         if path and not path.startswith("hf:") and path != "random":
             inside = os.path.relpath(path, config["out"])
@@ -58,13 +58,15 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     return [f"{k}: {a.get(k)!r} there, {b.get(k)!r} now" for k in keys]
 
 
+WEIGHT_KEYS = ("init", "teacher_weights", "trunk_weights")
+"""Keys of a configuration that name weights a run starts from, learns from, or takes features with."""
 START_OVER = "start over with --restart (resume=False in a script)"
 
 
 def _digests(config: RunConfig) -> dict[str, str | None]:
-    """SHA-256 of the weights a run starts from and learns from: None where they are no local file."""
+    """SHA-256 of the weights of `WEIGHT_KEYS`: None where they are no local file."""
     out: dict[str, str | None] = {}
-    for key in ("init", "teacher_weights"):
+    for key in WEIGHT_KEYS:
         path = Path(getattr(config, key, None) or os.devnull)
         path = path / "weights.safetensors" if path.is_dir() else path
         out[key] = sha256(path) if path.is_file() else None
@@ -111,7 +113,7 @@ class RunDirectory:
                     f"or {START_OVER}"
                 )
             before = _read_json(self.inputs) if self.inputs.exists() else inputs
-            changed = [key for key in inputs if before[key] != inputs[key]]
+            changed = [key for key in inputs if before.get(key) != inputs[key]]
             if changed:
                 raise ValueError(f"{self.path}: {' and '.join(changed)} changed since this run began; {START_OVER}")
         clean(self.checkpoints)

@@ -147,7 +147,8 @@ def score_files(
     excluded = read_exclusions(exclusions) if exclusions is not None else frozenset()
     found = frame_map(truth, detections, names, exclusions=excluded, style=style)
     if not found.per_class:
-        raise ValueError(f"{annotations}: no annotation counts: {found.left_out or 'it names key frames without boxes only'}")
+        why = ", ".join(f"{count} {what}" for what, count in found.left_out.items())
+        raise ValueError(f"{annotations}: no annotation counts: {why or 'it names key frames without boxes only'}")
     per_class = {names[action]: value for action, value in found.per_class.items()}
     return {
         "frame_map": found.mean, "style": style, "classes": len(per_class), "per_class": per_class,

@@ -101,10 +101,12 @@ def detection_map(
     dropped = sum(len(e.labels) for e in truth.values()) - sum(len(e.labels) for e in events.values())
     unknown = sum(label not in known for f in found.values() for label in f.labels)
     elsewhere = sum(len(f.labels) for video, f in found.items() if video not in events)
+    backwards = sum(int((f.segments[:, 1] < f.segments[:, 0]).sum()) for f in found.values())
     for what, count in (
         ("repeated or empty events", dropped),
         ("detections with a label that no event has", unknown),
         ("detections on videos without annotations, counted as wrong", elsewhere),
+        ("detections that end before they begin, counted as wrong", backwards),
     ):
         if count:
             left_out[what] = count
