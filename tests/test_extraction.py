@@ -16,9 +16,9 @@ from tests import tiny_runs as tiny
 from tests.golden.support import golden_root
 from vmae2_fast import cli, extraction
 from vmae2_fast.config import ExtractConfig
-from vmae2_fast.data import decode
-from vmae2_fast.data.decode import DecodeError, decode_video, probe, stream_video
+from vmae2_fast.data import DecodeError, decode_video, probe
 from vmae2_fast.data.plan import cut_test_views
+from vmae2_fast.data.streaming import stream_video
 from vmae2_fast.extraction import extract_video, find_videos, windows
 from vmae2_fast.models import build_model, save_weights
 
@@ -106,7 +106,7 @@ def test_a_short_video_is_one_window(clips, model, tmp_path):
 def test_each_frame_is_decoded_once(clips, model, monkeypatch):
     decoded = []
 
-    def count(path, chunk=32, original=decode.stream_video):
+    def count(path, chunk=32, original=stream_video):
         for frames in original(path, chunk):
             decoded.append(len(frames))
             yield frames

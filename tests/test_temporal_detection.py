@@ -13,7 +13,7 @@ import torch
 from tests.data.test_tad import official_windows, write_video
 from vmae2_fast import cli, timeline
 from vmae2_fast.config import ActionFormerConfig, ModelConfig, OptimConfig, TadConfig, TadDataConfig, TrainConfig
-from vmae2_fast.data.decode import frame_rate, probe
+from vmae2_fast.data.probing import frame_rate, probe
 from vmae2_fast.data.tad import Detections, TadError, read_detections
 from vmae2_fast.models import create_model, save_weights
 from vmae2_fast.tasks.tad_features import FeatureConfig, extract_features, find_videos, video_features

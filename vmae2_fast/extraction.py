@@ -24,9 +24,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .config import ExtractConfig, require, to_dict
-from .data.decode import VIDEO_SUFFIXES, DecodeError, probe, stream_video
 from .data.plan import test_windows
+from .data.probing import VIDEO_SUFFIXES, DecodeError, probe
 from .data.sampling import tad_window_starts
+from .data.streaming import stream_video
 from .models import VisionTransformer
 from .models.weights import write_whole
 from .ops.resize import Window, resize_crop

@@ -14,7 +14,11 @@ import numpy as np
 import pytest
 
 from vmae2_fast.data import DecodeError, decode, decode_video, prepare, probe, sampling
-from vmae2_fast.data.decode import VIDEO_SUFFIXES, FrameCache, decode_image, decode_images, decode_timed, repeated
+from vmae2_fast.data.decode import decode_timed
+from vmae2_fast.data.images import decode_image, decode_images
+from vmae2_fast.data.planes import FrameCache, Frames
+from vmae2_fast.data.probing import VIDEO_SUFFIXES
+from vmae2_fast.data.sampling import repeated
 
 FRAMES = 40
 GOOD = (
@@ -76,7 +80,7 @@ def test_a_fault_of_this_program_is_no_damaged_clip(clips, monkeypatch, fault):
     def fails(*arguments):
         raise fault("ours")
 
-    monkeypatch.setattr(decode, "_to_rgb", fails)
+    monkeypatch.setattr(decode, "to_rgb", fails)
     with pytest.raises(fault, match="ours"):
         decode_video(str(clips / "good" / "gop12.mp4"), np.arange(2))
 
@@ -171,7 +175,7 @@ def test_a_replaced_file_is_probed_again(video_writer, tmp_path):
 
 def test_cache_fills_and_holds():
     cache = FrameCache(250)
-    videos = [np.full(100, k, np.uint8) for k in range(4)]
+    videos = [Frames(np.full((4, 25), k, np.uint8), None) for k in range(4)]
     for k, video in enumerate(videos):
         cache.put(k, video)
     assert cache.get(0) is videos[0]

@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 
 from vmae2_fast.config import ActionFormerConfig, TadDataConfig
-from vmae2_fast.data import windows
-from vmae2_fast.data.decode import DecodeError, decode_video, frame_rate, probe, stream_video
+from vmae2_fast.data import DecodeError, decode_video, probe, windows
+from vmae2_fast.data.probing import frame_rate
+from vmae2_fast.data.streaming import stream_video
 from vmae2_fast.data.synthetic_tad import write_tad_features
 from vmae2_fast.data.tad import (
     Detections,

@@ -224,7 +224,7 @@ def _usage() -> str:
 
 def _expected(error: BaseException) -> bool:
     """Bad input and a full or read-only disk, as against a bug: that keeps its traceback."""
-    from ..data.decode import DecodeError
     from ..data.loader import BadDataError
+    from ..data.probing import DecodeError
 
     return isinstance(error, (ValueError, OSError, BadDataError, DecodeError, backend.BackendError))

@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops.patches import IMAGENET_MEAN, IMAGENET_STD
-from .decode import probe, stream_video
+from .probing import probe
 from .sampling import tad_window_starts
+from .streaming import stream_video
 
 Normalize = Literal["none", "imagenet"]
 """Pixels in [0, 1] as the released features were taken, or by ImageNet's mean and deviation as the models were trained."""

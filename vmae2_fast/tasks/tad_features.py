@@ -22,7 +22,7 @@ import torch
 from tqdm import tqdm
 
 from ..config import require, to_dict
-from ..data.decode import VIDEO_SUFFIXES, DecodeError, frame_rate, probe
+from ..data.probing import VIDEO_SUFFIXES, DecodeError, frame_rate, probe
 from ..data.tad import FEATURES_HEADER, FEATURES_VIDEOS, TadError, read_features_header, write_json
 from ..data.windows import Normalize, stream_windows
 from ..models import VisionTransformer
