@@ -174,7 +174,7 @@ def test_views_of_planes(tmp_path: Path) -> None:
 
 def _given() -> list[str]:
     root = os.environ.get("VMAE2_CLIPS")
-    return [] if not root else [str(path) for path in sorted(Path(root).rglob("*")) if path.suffix in VIDEO_SUFFIXES]
+    return [] if not root else [str(path) for path in sorted(Path(root).rglob("*")) if path.suffix.lower() in VIDEO_SUFFIXES]
 
 
 if GIVEN := _given():
