@@ -76,6 +76,8 @@ def _identity(path: str) -> tuple[str, int, int]:
         stat = os.stat(path)
     except OSError as error:
         raise DecodeError(path, error.strerror or str(error)) from error
+    if not stat.st_size:
+        raise DecodeError(path, "is empty")
     return path, stat.st_size, stat.st_mtime_ns
 
 
