@@ -95,11 +95,13 @@ def test_env_reports_a_request_that_leaves_nothing() -> None:
 )
 def test_bad_input_is_one_line_and_exit_code_2(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
-        cli.main(arguments)
+        cli.main([*arguments, "--json"])
     assert stop.value.code == 2
-    (line,) = capsys.readouterr().err.strip().splitlines()
+    said = capsys.readouterr()
+    (line,) = said.err.strip().splitlines()
     assert line.startswith("vmae2: error: ")
     assert message in line
+    assert json.loads(said.out.splitlines()[-1]) == {"error": line.removeprefix("vmae2: error: ")}
 
 
 def test_overrides_reach_the_plan(capsys: pytest.CaptureFixture[str]) -> None:

@@ -78,11 +78,11 @@ def test_frames_decoded_are_a_tenth_of_the_official_scripts(weights, tmp_path, m
     clips = tiny.write_clips(tmp_path / "clips", per_class=1, frames=300)
     decoded = []
 
-    def spy(path, ids, decode=workers_module.decode_video):
+    def spy(path, ids, decode=workers_module.video_frames):
         decoded.append((path, len(np.unique(ids))))
         return decode(path, ids)
 
-    monkeypatch.setattr(workers_module, "decode_video", spy)
+    monkeypatch.setattr(workers_module, "video_frames", spy)
     source = SourceConfig(name="long", root=str(clips))
     data = DataConfig(sources=(source,), stride=4, sampling="dense", crop="center", workers=0)
     evaluate(load_model(weights), data, tmp_path / "out", views=ViewsConfig(segments=5, crops=3))

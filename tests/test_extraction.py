@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 from tests import tiny_runs as tiny
 from vmae2_fast import cli
 from vmae2_fast.config import ExtractConfig
-from vmae2_fast.data.decode import decode_video
+from vmae2_fast.data import decode_video
 from vmae2_fast.data.plan import cut_test_views
 from vmae2_fast.models import build_model, save_weights
 from vmae2_fast.ops import IMAGENET_MEAN, IMAGENET_STD

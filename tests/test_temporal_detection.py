@@ -21,7 +21,7 @@ from vmae2_fast.config import (
     TadDataConfig,
     TrainConfig,
 )
-from vmae2_fast.data.decode import frame_rate, probe
+from vmae2_fast.data.probing import frame_rate, probe
 from vmae2_fast.data.tad import Detections, TadError, read_detections
 from vmae2_fast.models import create_model, save_weights
 from vmae2_fast.tasks.features import video_features

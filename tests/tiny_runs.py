@@ -93,7 +93,7 @@ def write_untrimmed(path: Path, count: int, *, size: int = 32, rate: int = 25, m
 
 def official_windows(path: Path, step: int, frames: int, size: int) -> torch.Tensor:
     """As the released script takes them: every window decoded for itself, divided by 255, resized; [N, 3, T, size, size]."""
-    from vmae2_fast.data.decode import decode_video, probe
+    from vmae2_fast.data import decode_video, probe
 
     count, out = probe(str(path)).num_frames, []
     for start in range(0, count - frames + 1, step):

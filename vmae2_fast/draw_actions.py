@@ -17,7 +17,8 @@ import numpy as np
 from tqdm import tqdm
 
 from .data.ava import Rows
-from .data.decode import DecodeError, decode_video, probe
+from .data.decode import decode_video
+from .data.probing import DecodeError, probe
 
 _CHUNK = 32  # frames held at once
 _NEAR = 0.5  # seconds

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from .config import ModelConfig, Stage, from_dict, load
-from .data.decode import decode_video, probe
 from .data.plan import cut_test_views
+from .data.planes import decode_yuv420
+from .data.probing import probe
 from .data.sampling import dense_test_views, segment_test_views
 from .models import build_model, load_weights
 from .models.formats import read_checkpoint
@@ -109,7 +110,7 @@ def read_views(
         wanted = segment_test_views(length, frames, segments)
     else:
         wanted = dense_test_views(length, frames, stride, segments)
-    video = torch.from_numpy(decode_video(str(path), wanted.reshape(-1)))
+    video = decode_yuv420(str(path), wanted.reshape(-1))
     return cut_test_views(video, segments=segments, size=size, crops=crops)
 
 

@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from .config import TadConfig, load
-from .data.decode import DecodeError
+from .data.probing import DecodeError
 from .data.tad import (
     Detections,
     TadError,

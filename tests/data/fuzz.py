@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from vmae2_fast.data import decode
-from vmae2_fast.data.decode import DecodeError, decode_timed, probe
+from vmae2_fast.data import DecodeError, probe, probing
+from vmae2_fast.data.decode import decode_timed
 
 KINDS = ("bit flips", "truncation", "spliced header")
 
@@ -52,7 +52,7 @@ def examine(path: str) -> str:
 
 def _sizes(path: str) -> set[tuple[int, int, int]]:
     """Shapes of the frames that decoding the whole file gives."""
-    container, stream = decode._open(path)
+    container, stream = probing.open_stream(path)
     with container:
-        frames = [(frame.height, frame.width, frame.rotation) for frame in decode._frames(container, stream)]
+        frames = [(frame.height, frame.width, frame.rotation) for frame in probing.read_frames(container, stream)]
     return {(h, w, 3) for h, w, _ in frames} | {(w, h, 3) for h, w, turned in frames if turned}

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from vmae2_fast.config import AvaDataConfig
+from vmae2_fast.data import decode_video
 from vmae2_fast.data.ava import (
     AvaError,
     key_frames,
@@ -22,7 +23,6 @@ from vmae2_fast.data.ava import (
     write_results,
 )
 from vmae2_fast.data.ava_loader import AvaEvaluationLoader, AvaLoader, key_frame_index
-from vmae2_fast.data.decode import decode_video
 from vmae2_fast.data.synthetic import write_jpegs
 from vmae2_fast.data.synthetic_ava import FRAMES, write_ava_scenes
 

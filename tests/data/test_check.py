@@ -61,9 +61,11 @@ def test_all_that_is_missing_is_named(folder, capsys, monkeypatch):
     (folder / "d2" / "02.jpg").unlink()
     (folder / "d2").rmdir()
     with pytest.raises(SystemExit) as stop:
-        _check(folder)
+        _check(folder, "--json")
     assert stop.value.code == 2
     captured = capsys.readouterr()
+    result = json.loads(captured.out.splitlines()[-1])
+    assert (result["missing"], sum(row["missing"] for row in result["sources"])) == (5, 5)
     named = {line.strip() for line in captured.out.splitlines() if line.startswith("  ")}
     assert named == {"weights.pth", *(str(folder / name) for name in ("v/7.mp4", "v/599.mp4", "d1/03.jpg", "d2"))}
     assert captured.err.splitlines()[-1].startswith("vmae2: error: 5 missing for")

@@ -25,7 +25,8 @@ from vmae2_fast.data.dali import (
     why_not_dali,
     why_unsupported,
 )
-from vmae2_fast.data.decode import VIDEO_SUFFIXES, StreamForm, decode_images
+from vmae2_fast.data.images import decode_images
+from vmae2_fast.data.probing import VIDEO_SUFFIXES, StreamForm
 
 ROOT = Path(__file__).parents[2]
 FRAMES = 40

@@ -30,10 +30,14 @@ def listed(clips, tmp_path):
 def test_verify_names_every_bad_file_with_its_reason(listed, tmp_path, capsys):
     report = tmp_path / "report.json"
     with pytest.raises(SystemExit) as stop:
-        cli.main(["data", "verify", str(listed), "--report", str(report)])
+        cli.main(["data", "verify", str(listed), "--report", str(report), "--json"])
     assert stop.value.code == 2
-    assert "3 of 9 files are bad; all are in" in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert "3 of 9 files are bad; all are in" in said.err
     result = json.loads(report.read_text())
+    last = json.loads(said.out.splitlines()[-1])
+    assert last.pop("error").startswith("3 of 9 files are bad")
+    assert last == result
     assert (result["files"], result["bad"], result["frames"]) == (9, 3, 5 * 40 + 1)
     bad = sorted(os.path.basename(path) for paths in result["reasons"].values() for path in paths)
     assert bad == ["audio_only.mp4", "empty.mp4", "missing.mp4"]

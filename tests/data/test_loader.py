@@ -7,18 +7,19 @@ import json
 import multiprocessing
 import shutil
 import threading
+from collections import Counter
 
 import numpy as np
 import pytest
 import torch
 
 from vmae2_fast.config import AugmentConfig, DataConfig, SourceConfig
-from vmae2_fast.data import BadDataError, EvaluationLoader, ManifestError, VideoLoader
+from vmae2_fast.data import BadDataError, EvaluationLoader, ManifestError, VideoLoader, decode_yuv420
+from vmae2_fast.data import loader as loader_module
 from vmae2_fast.data import workers as workers_module
-from vmae2_fast.data.decode import decode_video
 from vmae2_fast.data.plan import cut_views
 from vmae2_fast.data.sampling import Purpose, counter_rng
-from vmae2_fast.ops import resize_crop
+from vmae2_fast.ops import Yuv420, resize_crop
 
 FRAMES = 40
 
@@ -137,9 +138,9 @@ def test_order_and_plans_are_the_same_for_any_workers_and_ranks(videos):
         assert len(set(paths[13 * e:13 * e + 13])) == 13
     assert paths[:13] != paths[13:26]
     for path, clip, frames, views in alone[:5]:  # the plan is what the batch was made by
-        video = decode_video(path, np.array(frames)) if path.endswith(".mp4") else None
+        video = decode_yuv420(path, np.array(frames)) if path.endswith(".mp4") else None
         if video is not None:
-            assert torch.equal(clip, cut_views(torch.from_numpy(video), views, 32))
+            assert torch.equal(clip, cut_views(video, views, 32))
     for workers, world in ((4, 1), (2, 2)):
         for (path, clip, *plan), (other_path, other_clip, *other_plan) in zip(
             alone, _epochs(videos, workers=workers, world=world), strict=True
@@ -188,8 +189,8 @@ def test_closing_ends_the_processes(videos):
 
 def test_views_share_one_decode(videos, monkeypatch):
     calls = []
-    decode = workers_module.decode_video
-    monkeypatch.setattr(workers_module, "decode_video", lambda path, ids: calls.append(len(ids)) or decode(path, ids))
+    decode = workers_module.video_frames
+    monkeypatch.setattr(workers_module, "video_frames", lambda path, ids: calls.append(len(ids)) or decode(path, ids))
     batches = list(_loader(videos, "v", views=3, steps=2, workers=0))
     assert calls == [4] * 10
     assert batches[0].clip.shape[0] == 15
@@ -199,10 +200,33 @@ def test_views_share_one_decode(videos, monkeypatch):
 
 def test_cached_videos_are_decoded_once(videos, monkeypatch):
     calls = []
-    decode = workers_module.decode_video
-    monkeypatch.setattr(workers_module, "decode_video", lambda path, ids: calls.append(path) or decode(path, ids))
+    decode = workers_module.video_frames
+    monkeypatch.setattr(workers_module, "video_frames", lambda path, ids: calls.append(path) or decode(path, ids))
     list(_loader(videos, "v", steps=8, cache_mb=64, workers=0, prefetch=1))
     assert len(calls) == 20  # for each of ten videos the planned frames, then all of them to keep
+
+
+@pytest.mark.parametrize("values", [{}, {"cache_mb": 64}, {"augment": AugmentConfig(randaugment="rand-m7-n4-mstd0.5-inc1")}])
+def test_frames_reach_the_clips_as_planes_or_are_counted(videos, tmp_path, video_writer, monkeypatch, values):
+    shutil.copytree(videos / "v", tmp_path / "v")
+    video_writer(tmp_path / "v" / "clip 3.mp4", pix_fmt="yuv444p", g="12", bf="2", first=60)
+    (tmp_path / "datasets.toml").write_text((videos / "datasets.toml").read_text())
+    shutil.copytree(videos / "s", tmp_path / "s")
+    cut = []
+
+    def spy(video, *arguments, **options):
+        cut.append(type(video))
+        return cut_views(video, *arguments, **options)
+
+    monkeypatch.setattr(loader_module, "cut_views", spy)
+    loader = _loader(tmp_path, steps=1, clips=13, workers=0, **values)
+    next(iter(loader))
+    assert Counter(cut) == {Yuv420: 9, torch.Tensor: 4}
+    assert loader.stats["rgb"] == {"pixel format yuv444p": 1, "pixel format yuvj444p": 3}
+    evaluation = EvaluationLoader(_data(tmp_path, workers=0), frames=4, size=48, segments=2, crops=3)
+    for _ in range(2):  # counted anew each time
+        assert len(list(evaluation)) == 13
+        assert evaluation.stats["rgb"] == loader.stats["rgb"]
 
 
 @pytest.fixture
@@ -259,9 +283,9 @@ def test_a_replacement_is_drawn_from_its_own_epoch_and_attempt(damaged):
             assert path == str(damaged / "v" / f"clip {drawn[-1]}.mp4")
             failed = [r.path for r in batch.replaced if r.position == position]
             assert failed == [str(damaged / "v" / f"clip {i}.mp4") for i in drawn[:-1]]
-            frames = decode_video(path, loader.planner.frame_ids(FRAMES, 2, epoch, position, attempt))
+            frames = decode_yuv420(path, loader.planner.frame_ids(FRAMES, 2, epoch, position, attempt))
             windows = loader.planner.windows(48, 64, epoch, position, attempt)
-            assert torch.equal(clip, resize_crop(torch.from_numpy(frames), windows, 32)[0])
+            assert torch.equal(clip, resize_crop(frames, windows, 32)[0])
     for epoch in range(4):
         assert max(attempts[p] for p in range(10 * epoch, 10 * epoch + 10)) >= 2, "the case needs a second attempt"
 
@@ -299,8 +323,8 @@ def test_unlabelled_sources_give_minus_one(videos, tmp_path):
 @pytest.mark.parametrize("sampling", ["dense", "segment"])
 def test_evaluation_decodes_each_video_once_for_all_views(videos, monkeypatch, sampling):
     calls = []
-    decode = workers_module.decode_video
-    monkeypatch.setattr(workers_module, "decode_video", lambda path, ids: calls.append(path) or decode(path, ids))
+    decode = workers_module.video_frames
+    monkeypatch.setattr(workers_module, "video_frames", lambda path, ids: calls.append(path) or decode(path, ids))
     loader = EvaluationLoader(_data(videos, sampling=sampling, workers=0), frames=4, size=48, segments=3, crops=3)
     views = list(loader)
     assert len(views) == len(loader) == loader.num_videos == 13

@@ -9,11 +9,14 @@ import av
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional as F
 
 from vmae2_fast.config import AugmentConfig
 from vmae2_fast.data import DecodeError, decode_video, decode_yuv420
-from vmae2_fast.data.decode import VIDEO_SUFFIXES, probe
+from vmae2_fast.data.images import decode_images
 from vmae2_fast.data.plan import Planner, cut_test_views, cut_views
+from vmae2_fast.data.planes import folder_frames, video_frames
+from vmae2_fast.data.probing import VIDEO_SUFFIXES, probe
 from vmae2_fast.ops import Window, Yuv420, resize_crop
 
 IDS = np.array([7, 3, 3, 4])
@@ -65,25 +68,80 @@ def test_matrix_and_range_of_the_file(
     assert int((rgb(other).int() - ffmpeg.int()).abs().max()) > 8  # these colours tell matrices apart
 
 
-@pytest.mark.parametrize(("height", "width"), [(49, 65), (49, 66), (50, 65)])
-def test_odd_sides(tmp_path: Path, height: int, width: int) -> None:
-    path = str(coloured(tmp_path / "clip.webm", "libvpx-vp9", 6, 1, height, width))
-    found = decode_yuv420(path, IDS)
+def exact_clip(video: Yuv420, window: Window, size: int) -> torch.Tensor:
+    """The window by the matrices of ITU-R BT.601 and BT.709, nothing rounded: float64 [T, size, size, 3]."""
+    planes, (h, w) = video.planes.double(), (video.height, video.width)
+    y, u, v = planes.split((h * w, h * w // 4, h * w // 4), dim=1)
+    full = video.value_range == "full"
+    y = (y if full else (y - 16) * 255 / 219).view(-1, h, w)
+    u, v = (
+        ((c - 128) * (1 if full else 255 / 224)).view(-1, h // 2, w // 2).repeat_interleave(2, 1).repeat_interleave(2, 2)
+        for c in (u, v)
+    )
+    red, blue = {"bt601": (0.299, 0.114), "bt709": (0.2126, 0.0722)}[video.matrix]
+    r, b = y + 2 * (1 - red) * v, y + 2 * (1 - blue) * u
+    rgb = torch.stack([r, (y - red * r - blue * b) / (1 - red - blue), b], 1).clamp(0, 255)
+    cut = rgb[:, :, window.top : window.top + window.height, window.left : window.left + window.width]
+    small = F.interpolate(cut, size=(size, size), mode="bilinear", antialias=True)
+    return (small.flip(-1) if window.flip else small).permute(0, 2, 3, 1)
+
+
+@pytest.mark.parametrize("color_range", [1, 2])
+@pytest.mark.parametrize("colorspace", [1, 6])
+def test_clips_are_within_a_level_of_exact_conversion_and_resize(tmp_path: Path, colorspace: int, color_range: int) -> None:
+    found = decode_yuv420(str(coloured(tmp_path / "clip.mp4", "libx264", colorspace, color_range)), IDS)
     assert isinstance(found, Yuv420)
-    assert (found.height, found.width) == (height, width)
-    # FFmpeg takes another way for odd heights, which interpolates chroma
-    budget = (16, 2.5) if height % 2 else (3, 1.5)
-    assert_near(rgb(found), torch.from_numpy(decode_video(path, IDS)), *budget)
+    windows = [Window(0, 0, 50, 66), Window(3, 7, 41, 33, True), Window(5, 1, 32, 32), Window(8, 9, 20, 24)]
+    for window, clip in zip(windows, resize_crop(found, windows, 32), strict=True):
+        assert float((clip.double() - exact_clip(found, window, 32)).abs().max()) <= 1
 
 
-def test_other_frames_stay_rgb(clips: Path, header_rotator, tmp_path: Path) -> None:
-    turned = header_rotator(clips / "good" / "gop12.mp4", tmp_path / "turned.mp4")
-    for path in (turned, *(clips / "good" / name for name in ("odd_size_444.mp4", "ten_bit.mkv"))):
-        found = decode_yuv420(str(path), IDS)
-        assert isinstance(found, torch.Tensor)
-        np.testing.assert_array_equal(found.numpy(), decode_video(str(path), IDS))
-    wide = coloured(tmp_path / "bt2020.mp4", "libx264", 9, 1)  # a matrix resize_crop does not know
-    assert isinstance(decode_yuv420(str(wide), IDS), torch.Tensor)
+def test_frames_that_stay_rgb_say_why(clips: Path, header_rotator, jpeg_writer, video_writer, tmp_path: Path) -> None:
+    good = clips / "good"
+    files = {
+        header_rotator(good / "gop12.mp4", tmp_path / "turned.mp4"): "rotated",
+        good / "odd_size_444.mp4": "pixel format yuv444p",
+        good / "ten_bit.mkv": "pixel format yuv420p10le",
+        video_writer(tmp_path / "gray.mkv", codec="ffv1", pix_fmt="gray"): "pixel format gray",
+        video_writer(tmp_path / "422.mp4", pix_fmt="yuv422p"): "pixel format yuv422p",
+        coloured(tmp_path / "bt2020.mp4", "libx264", 9, 1): "color matrix 9 of FFmpeg's AVColorSpace",
+    }
+    for height, width in ((49, 65), (49, 66), (50, 65)):
+        path = coloured(tmp_path / f"{height}x{width}.webm", "libvpx-vp9", 6, 1, height, width)
+        files[path] = "odd height or width"
+    for path, why in files.items():
+        found = video_frames(str(path), IDS)
+        assert (found.planar, found.why_rgb) == (None, why)
+        np.testing.assert_array_equal(found.pixels, decode_video(str(path), IDS))
+    folder = jpeg_writer(tmp_path / "frames", 8)
+    names = sorted(map(str, folder.iterdir()))
+    images = folder_frames(str(folder), names, IDS)
+    assert (images.planar, images.why_rgb) == (None, "pixel format yuvj444p")
+    np.testing.assert_array_equal(images.pixels, decode_images(str(folder), names, IDS))
+
+
+def test_jpeg_folders(tmp_path: Path) -> None:
+    """Images with halved chroma are planes of full range; one of another kind among them makes all of them RGB."""
+    names = []
+    for k in range(4):
+        names.append(str(tmp_path / f"{k}.jpg"))
+        y, x = np.mgrid[:50, :66]
+        image = np.stack([3 * x + 9 * k, 4 * y, 200 - 2 * x], -1).clip(0, 255).astype(np.uint8)
+        picture = av.VideoFrame.from_ndarray(image, format="rgb24")
+        with av.open(names[-1], "w", format="image2", options={"update": "1"}) as out:
+            stream = out.add_stream("mjpeg", rate=1)
+            stream.height, stream.width, stream.pix_fmt = 50, 66, "yuvj444p" if k == 3 else "yuvj420p"
+            out.mux(stream.encode(picture))
+            out.mux(stream.encode())
+    ids = np.array([2, 0, 0])
+    found = folder_frames(str(tmp_path), names, ids)
+    assert found.planar == (50, 66, "bt601", "full")
+    planes = found.tensor()
+    assert isinstance(planes, Yuv420)
+    assert_near(rgb(planes), torch.from_numpy(decode_images(str(tmp_path), names, ids)))
+    mixed = folder_frames(str(tmp_path), names, np.array([2, 3]))
+    assert (mixed.planar, mixed.why_rgb) == (None, "its form changes midway")
+    np.testing.assert_array_equal(mixed.pixels, decode_images(str(tmp_path), names, np.array([2, 3])))
 
 
 @pytest.mark.parametrize("name", ["empty.mp4", "garbage.mp4", "no_index.mp4", "missing.mp4"])
@@ -116,7 +174,7 @@ def test_views_of_planes(tmp_path: Path) -> None:
 
 def _given() -> list[str]:
     root = os.environ.get("VMAE2_CLIPS")
-    return [] if not root else [str(path) for path in sorted(Path(root).rglob("*")) if path.suffix in VIDEO_SUFFIXES]
+    return [] if not root else [str(path) for path in sorted(Path(root).rglob("*")) if path.suffix.lower() in VIDEO_SUFFIXES]
 
 
 if GIVEN := _given():

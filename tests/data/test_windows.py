@@ -11,8 +11,9 @@ import torch
 
 from tests.tiny_runs import official_windows, write_untrimmed
 from vmae2_fast.config import ExtractConfig
-from vmae2_fast.data import windows
-from vmae2_fast.data.decode import DecodeError, decode_video, frame_rate, probe, stream_video
+from vmae2_fast.data import DecodeError, decode_video, probe, windows
+from vmae2_fast.data.probing import frame_rate
+from vmae2_fast.data.streaming import stream_video
 from vmae2_fast.data.windows import squash_frames, stream_windows, window_frames
 
 
@@ -69,7 +70,7 @@ def test_a_video_that_cannot_be_read_is_an_error_not_a_shorter_one(tmp_path):
 MEASURE = """
 import resource, sys, torch
 from vmae2_fast.config import ExtractConfig
-from vmae2_fast.data.decode import probe
+from vmae2_fast.data import probe
 from vmae2_fast.data.windows import squash_frames, stream_windows, window_frames
 torch.set_num_threads(1)
 count = 0

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from vmae2_fast import cli
+from vmae2_fast.data import decode_video, probe
 from vmae2_fast.data.ava import Rows, read_annotations, read_results
-from vmae2_fast.data.decode import decode_video, probe
 from vmae2_fast.data.synthetic_ava import write_ava_scenes
 from vmae2_fast.tasks.metrics.ava import average_precision, frame_map
 

@@ -23,7 +23,7 @@ from . import ava, classify, tad
 from .data import data
 from .launch import launch
 from .ledger import ledger, names_a_recipe, recipe_ledger
-from .parsing import call, usage
+from .parsing import FaultsFoundError, call, usage
 
 
 def recipes() -> list[dict[str, str]]:
@@ -187,8 +187,16 @@ def main(arguments: list[str] | None = None) -> None:
         if not _expected(error):
             raise
         print(f"vmae2: error: {error}", file=sys.stderr)
+        if as_json:
+            found = error.result if isinstance(error, FaultsFoundError) else {}
+            _print_json({**found, "error": str(error)})
         sys.exit(2)
-    if as_json and int(os.environ.get("RANK", 0)) == 0:  # one line, however many processes ran
+    if as_json:
+        _print_json(result)
+
+
+def _print_json(result: Any) -> None:
+    if int(os.environ.get("RANK", 0)) == 0:  # one line, however many processes ran
         print(json.dumps(result), flush=True)
 
 
@@ -224,7 +232,7 @@ def _usage() -> str:
 
 def _expected(error: BaseException) -> bool:
     """Bad input and a full or read-only disk, as against a bug: that keeps its traceback."""
-    from ..data.decode import DecodeError
     from ..data.loader import BadDataError
+    from ..data.probing import DecodeError
 
     return isinstance(error, (ValueError, OSError, BadDataError, DecodeError, backend.BackendError))

@@ -11,6 +11,7 @@ import tyro
 
 from ..config import DistillConfig, Progression, Stage, unknown
 from . import files as file_commands
+from .parsing import FaultsFoundError, call, parse, usage
 
 
 def build(
@@ -77,7 +78,6 @@ def check(arguments: list[str]) -> dict[str, Any]:
     Example: vmae2 data check pretrain:vit_base_hybrid --sample 1000
     """
     from .. import recipes_index
-    from .parsing import parse
 
     if not arguments or arguments[0].startswith("-"):
         print(check.__doc__)
@@ -91,7 +91,8 @@ def check(arguments: list[str]) -> dict[str, Any]:
         for example in row["examples"]:
             print(f"  {example}")
     if missing:
-        raise ValueError(f"{missing:,} missing for {arguments[0]}; they are named above")
+        result = {"missing": missing, "sources": results}
+        raise FaultsFoundError(f"{missing:,} missing for {arguments[0]}; they are named above", result)
     print("everything is there")
     return {"missing": 0, "sources": results}
 
@@ -145,8 +146,6 @@ def data(arguments: list[str]) -> Any:
     Example: vmae2 data check pretrain:vit_base_hybrid
     Example: vmae2 data verify lists/k710/train.csv --root /data/k400
     """
-    from .parsing import call, usage
-
     if arguments and arguments[0] == "check":
         return check(arguments[1:])
     arguments = [a for a in arguments if a != "--json"]

@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 import tyro
 
+from .parsing import FaultsFoundError
+
 
 def verify(
     list: tyro.conf.Positional[str],
@@ -92,7 +94,7 @@ def _positive(workers: int, timeout_s: float) -> None:
 
 
 def _told(result: dict[str, Any], summary: str, report: str | None) -> dict[str, Any]:
-    """Print and write the result. Raises ValueError where files are bad: the exit code says so too."""
+    """Print and write the result. Raises FaultsFoundError where files are bad: the exit code says so too."""
     print(summary)
     for reason, paths in result["reasons"].items():
         print(f"{len(paths):>7,}  {reason}, for example {paths[0]}")
@@ -101,7 +103,7 @@ def _told(result: dict[str, Any], summary: str, report: str | None) -> dict[str,
         os.replace(f"{report}.partial", report)
     if result["bad"]:
         where = f"; all are in {report}" if report is not None else "; --report FILE names all"
-        raise ValueError(f"{result['bad']:,} of {result['files']:,} files are bad{where}")
+        raise FaultsFoundError(f"{result['bad']:,} of {result['files']:,} files are bad{where}", result)
     return result
 
 

@@ -12,6 +12,14 @@ from typing import Any
 import tyro
 
 
+class FaultsFoundError(ValueError):
+    """What a command was to look for is there: it ends with exit code 2, and with `--json` in its result all the same."""
+
+    def __init__(self, message: str, result: dict[str, Any]) -> None:
+        super().__init__(message)
+        self.result = result
+
+
 def parse(target: Any, arguments: list[str], prog: str, **options: Any) -> Any:
     """tyro's parser, its help as it is, its errors as one ValueError line."""
     out = io.StringIO()

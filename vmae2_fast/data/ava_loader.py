@@ -18,13 +18,15 @@ import torch
 
 from ..config import AvaDataConfig
 from ..ops.resize import Window, resize_crop
+from ..ops.yuv import Yuv420, frame_size
 from . import boxes as geometry
 from . import sampling
 from .ava import AvaError, KeyFrame, key_frames, read_annotations, read_exclusions, read_person_boxes
-from .decode import VIDEO_SUFFIXES, DecodeError, image_files, probe
 from .evaluation_loader import EvaluationLoader
+from .images import image_files
 from .loader import Draw, Finished, Replaced, VideoLoader, pinned
 from .manifest import Manifest, Record, Source
+from .probing import VIDEO_SUFFIXES, DecodeError, probe
 from .sampling import Purpose, counter_rng
 from .workers import ClipMemory, Done, Job
 
@@ -158,10 +160,10 @@ def _cut_name(name: str, video: str) -> bool:
 
 
 def _cut_training(
-    data: AvaDataConfig, size: int, frame: KeyFrame, draw: Draw, video: torch.Tensor, out: torch.Tensor
+    data: AvaDataConfig, size: int, frame: KeyFrame, draw: Draw, video: torch.Tensor | Yuv420, out: torch.Tensor
 ) -> tuple[np.ndarray, np.ndarray]:
     """Fill `out` [1, T, size, size, C]; boxes float64 [n, 4] in its pixels, and their labels."""
-    height, width = video.shape[1:3]
+    height, width = frame_size(video)
 
     def rng(purpose: Purpose) -> np.random.RandomState:
         return counter_rng(draw.seed, draw.epoch, draw.position, 0, purpose, draw.attempt)
@@ -219,9 +221,9 @@ class AvaLoader(_KeyFrames, VideoLoader):
         )
 
 
-def _cut_whole(short: int, video: torch.Tensor, _: None) -> tuple[np.ndarray, tuple[int, int]]:
+def _cut_whole(short: int, video: torch.Tensor | Yuv420, _: None) -> tuple[np.ndarray, tuple[int, int]]:
     """The clip uint8 [T, H, W, C] with its short side resized to `short`, and height and width it had."""
-    height, width = video.shape[1:3]
+    height, width = frame_size(video)
     scaled = sampling.short_side(height, width, short)
     return resize_crop(video, [Window(0, 0, *scaled, scaled=scaled)], scaled, threads=1)[0].cpu().numpy(), (height, width)
 

@@ -12,9 +12,9 @@ import numpy as np
 from tqdm import tqdm
 
 from ..config import DataConfig
-from .decode import DecodeError
 from .lists import ManifestError
 from .manifest import Record, Source, open_sources
+from .probing import DecodeError
 from .sampling import Purpose, permutation
 
 _TOGETHER = 256

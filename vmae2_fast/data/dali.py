@@ -2,7 +2,7 @@
 
 The graph is the same on both: encoded bytes and frame numbers in, frames out. What DALI would get wrong without saying so is
 kept from it: a file is demuxed first, and one that is cut off, turned, interlaced, deeper than 8 bits, of a codec the chip
-lacks or counted differently by different decoders is refused here with a reason, for PyAV to decode (`decode.py`). What DALI
+lacks or counted differently by different decoders is refused here with a reason, for PyAV to decode (`decode`). What DALI
 cannot tell at all are bytes damaged inside a packet: it conceals them, PyAV refuses them.
 """
 
@@ -15,7 +15,8 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 
-from .decode import DecodeError, StreamForm, is_jpeg, probe, read_jpeg, stream_form
+from .images import is_jpeg, read_jpeg
+from .probing import DecodeError, StreamForm, probe, stream_form
 
 INSTALL = "pip install 'vmae2_fast[dali]' (nvidia-dali-cuda130, Linux)"
 _CODECS = {"cpu": {"vp8", "vp9", "mjpeg"}, "cuda": {"h264", "hevc", "vp8", "vp9", "mpeg4", "mjpeg"}}

@@ -22,7 +22,7 @@ import torch
 
 from ..config import DataConfig
 from .dali import DaliDecoder, DaliError, Encoded, UnsupportedError, read_images, read_video, why_not_dali
-from .decode import DecodeError
+from .probing import DecodeError
 from .workers import DecodePool, Done, Job, MemoryPool, Place, Ticket
 
 _FAILURES = 16

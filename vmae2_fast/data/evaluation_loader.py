@@ -13,10 +13,11 @@ import numpy as np
 import torch
 
 from ..config import DataConfig
+from ..ops.yuv import Yuv420
 from . import sampling
-from .decode import DecodeError, repeated
 from .loader import Reader, Replaced, pinned
 from .plan import cut_test_views
+from .probing import DecodeError
 from .workers import ClipMemory, Done, Job, Place
 
 
@@ -34,8 +35,8 @@ class VideoViews:
     """bool [segments * crops, T]: frames that repeat the one before to fill up a view of a short video."""
 
 
-def _cut_views(segments: int, crops: int, size: int, video: torch.Tensor, out: torch.Tensor) -> None:
-    out.copy_(cut_test_views(video, segments=segments, size=size, crops=crops, threads=1))
+def _cut_views(segments: int, crops: int, size: int, video: torch.Tensor | Yuv420, out: torch.Tensor) -> None:
+    cut_test_views(video, segments=segments, size=size, crops=crops, out=out, threads=1)
 
 
 def _test_ids(rule: str, num_frames: int, *, frames: int, stride: int, segments: int) -> np.ndarray:
@@ -81,7 +82,8 @@ class EvaluationLoader(Reader):
 
     def _videos(self) -> Generator[Any, None, None]:
         self.decoded = self.replaced = 0
-        self.bad.clear()
+        for counts in (self.bad, self.fallback, self.rgb):
+            counts.clear()
         pool, memory = self._decoders()
         ahead: deque[tuple[int, torch.Tensor | None, Any]] = deque()
         numbers = iter(self._numbers)
@@ -123,5 +125,5 @@ class EvaluationLoader(Reader):
 
     def _views(self, index: int, job: Job, out: torch.Tensor | None, done: Done) -> Any:
         assert out is not None
-        padded = torch.from_numpy(repeated(done.ids.reshape(self.segments, -1))).repeat_interleave(self.crops, dim=0)
+        padded = torch.from_numpy(sampling.repeated(done.ids.reshape(self.segments, -1))).repeat_interleave(self.crops, dim=0)
         return VideoViews(pinned(out), job.record.label, job.source.path(job.record), index, padded)

@@ -14,9 +14,11 @@ import numpy as np
 from pebble import ProcessExpired, ProcessPool
 from tqdm import tqdm
 
-from .decode import DecodeError, decode_images, decode_timed, probe
+from .decode import decode_timed
+from .images import decode_images
 from .lists import first_line
 from .manifest import Manifest, Record, Source, line_format, open_tree
+from .probing import DecodeError, probe
 from .workers import decoder_context, start_worker
 
 _ATTEMPTS = 3

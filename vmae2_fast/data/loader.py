@@ -22,11 +22,13 @@ import numpy as np
 import torch
 
 from ..config import DataConfig
+from ..ops.yuv import Yuv420, frame_size
 from .dali_pool import DaliPool, DeviceMemory, dali_device
-from .decode import DecodeError, FrameCache, repeated
 from .manifest import Source, open_sources
 from .plan import Planner, cut_views
-from .sampling import Purpose, counter_rng
+from .planes import FrameCache
+from .probing import DecodeError
+from .sampling import Purpose, counter_rng, repeated
 from .schedule import Mixture
 from .workers import ClipMemory, DecodePool, Decoders, Done, Job, MemoryPool, Place
 
@@ -85,6 +87,7 @@ class Reader:
         self.decode_s = self.wait_s = 0.0
         self.bad: Counter[str] = Counter()
         self.fallback: Counter[str] = Counter()
+        self.rgb: Counter[str] = Counter()
         self._dali = dali_device(data)
         self._quarantine = None if quarantine is None else os.fspath(quarantine)
         self._quarantined = self._known_bad()
@@ -107,10 +110,11 @@ class Reader:
 
     @property
     def stats(self) -> dict[str, Any]:
-        """Clips decoded and replaced so far, failures by path, clips PyAV decoded in DALI's place by reason, seconds the
-        decoders worked and the consumer waited."""
+        """Clips decoded and replaced so far, failures by path, clips PyAV decoded in DALI's place by reason, clips it had to
+        convert to RGB before they were cut by reason, seconds the decoders worked and the consumer waited."""
         return {
             "decoded": self.decoded, "replaced": self.replaced, "bad": dict(self.bad), "fallback": dict(self.fallback),
+            "rgb": dict(self.rgb),
             "decode_s": self.decode_s, "wait_s": self.wait_s,
         }  # fmt: skip
 
@@ -155,6 +159,8 @@ class Reader:
         finally:
             self.wait_s += time.perf_counter() - begin
         self.decode_s += done.seconds
+        if done.why_rgb is not None:
+            self.rgb[done.why_rgb] += 1
         if self.cache is not None and done.video is not None:
             self.cache.put(_key(ticket.job), done.video)
         return done
@@ -207,9 +213,8 @@ def pinned(clip: torch.Tensor) -> torch.Tensor:
     return torch.empty(clip.shape, dtype=clip.dtype, pin_memory=True).copy_(clip)
 
 
-def _cut_planned(planner: Planner, draw: Draw, video: torch.Tensor, out: torch.Tensor) -> None:
-    height, width = video.shape[1:3]
-    plans = planner.view_plans(height, width, draw.epoch, draw.position, draw.attempt)
+def _cut_planned(planner: Planner, draw: Draw, video: torch.Tensor | Yuv420, out: torch.Tensor) -> None:
+    plans = planner.view_plans(*frame_size(video), draw.epoch, draw.position, draw.attempt)
     cut_views(video, plans, planner.size, out=out, threads=1)
 
 

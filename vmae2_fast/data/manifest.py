@@ -35,9 +35,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..config import DataConfig, SourceConfig, unknown
-from . import decode
+from .images import IMAGE_SUFFIXES, decode_image, image_files, natural_key
 from .labels import read_labels
 from .lists import COLUMNS, ROW, ClipTable, ManifestError, first_line, line_of, open_list
+from .probing import VIDEO_SUFFIXES, DecodeError, probe
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -142,9 +143,9 @@ class Source:
         folder = self.path(record)
         if self.template is not None:
             return [os.path.join(folder, self.template.format(record.start + k)) for k in range(record.total)]
-        files = decode.image_files(folder)
+        files = image_files(folder)
         if len(files) < record.total:
-            raise decode.DecodeError(folder, f"holds {len(files)} images, {record.total} were expected")
+            raise DecodeError(folder, f"holds {len(files)} images, {record.total} were expected")
         return files
 
 
@@ -275,11 +276,11 @@ def open_tree(root: str, split: str, template: str | None = None) -> tuple[Manif
     trees = {name: _scan(folder, template) for name, folder in tops.items()}
     top, clips = tops[split], trees[split]
     if not clips:
-        suffixes = " ".join(sorted(decode.VIDEO_SUFFIXES))
+        suffixes = " ".join(sorted(VIDEO_SUFFIXES))
         raise ManifestError(f"{top}: no video in this folder (looked for {suffixes} and folders of images)")
     if not any(_decodable(os.path.join(top, path), total) for path, _, total in clips):
         raise ManifestError(f"{top}: none of the {len(clips)} clips in this folder can be decoded")
-    names = tuple(sorted({label for tree in trees.values() for _, label, _ in tree}, key=decode.natural_key))
+    names = tuple(sorted({label for tree in trees.values() for _, label, _ in tree}, key=natural_key))
     number = {name: i for i, name in enumerate(names)}
     start = 0 if template is None else _first_number(os.path.join(top, next((p for p, _, n in clips if n >= 0), "")), template)
     return Manifest.of([Record(path, start, total, number[label]) for path, label, total in clips]), names, top
@@ -293,7 +294,7 @@ def _scan(top: str, template: str | None) -> list[tuple[str, str, int]]:
         files = [name for name in files if not name.startswith(".")]
         relative = os.path.relpath(folder, top)
         parts = [] if relative == "." else relative.split(os.sep)
-        images = [name for name in files if os.path.splitext(name)[1].lower() in decode.IMAGE_SUFFIXES]
+        images = [name for name in files if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES]
         if template is not None:
             count = _count(folder, template) if images else 0
         else:
@@ -303,9 +304,9 @@ def _scan(top: str, template: str | None) -> list[tuple[str, str, int]]:
             continue
         for name in files:
             stem, suffix = os.path.splitext(name)
-            if suffix.lower() in decode.VIDEO_SUFFIXES:
+            if suffix.lower() in VIDEO_SUFFIXES:
                 clips.append((os.path.join(*parts, name), parts[0] if parts else stem, -1))
-    return sorted(clips, key=lambda clip: decode.natural_key(clip[0]))
+    return sorted(clips, key=lambda clip: natural_key(clip[0]))
 
 
 def _first_number(folder: str, template: str) -> int:
@@ -323,9 +324,9 @@ def _count(folder: str, template: str) -> int:
 def _decodable(path: str, total: int) -> bool:
     try:
         if total >= 0:
-            decode.decode_image(decode.image_files(path)[0])
+            decode_image(image_files(path)[0])
         else:
-            decode.probe(path)
-    except decode.DecodeError:
+            probe(path)
+    except DecodeError:
         return False
     return True

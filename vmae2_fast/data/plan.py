@@ -15,7 +15,7 @@ import torch
 
 from ..config import AugmentConfig
 from ..ops.resize import Window, resize_crop
-from ..ops.yuv import Yuv420
+from ..ops.yuv import Yuv420, frame_size
 from . import sampling
 from .augment import Erasure, draw_erasure, erase_
 from .randaugment import Operation, draw_operations, parse_policy, randaugment
@@ -120,7 +120,7 @@ def cut_views(
     if isinstance(video, Yuv420):
         pixels, channels = video.planes, 3
         if any(plan.operations for plan in plans):
-            side = video.height, video.width
+            side = frame_size(video)
             video = resize_crop(video, [Window(0, 0, *side)], side, threads=threads)[0]
     else:
         pixels, channels = video, video.shape[-1]
@@ -144,17 +144,22 @@ def test_windows(height: int, width: int, size: int, crops: int) -> list[Window]
 
 
 def cut_test_views(
-    video: torch.Tensor | Yuv420, *, segments: int, size: int, crops: int, threads: int | None = None
+    video: torch.Tensor | Yuv420,
+    *,
+    segments: int,
+    size: int,
+    crops: int,
+    out: torch.Tensor | None = None,
+    threads: int | None = None,
 ) -> torch.Tensor:
     """Every test view of the frames of one video: uint8 [segments * T, H, W, C] -> [segments * crops, T, size, size, C].
 
-    Segment-major; frames may be in YUV 4:2:0; `threads` as in `vmae2_fast.ops.resize_crop`.
+    Segment-major; frames may be in YUV 4:2:0; `out` and `threads` as in `cut_views`.
     """
+    clips: torch.Tensor | Yuv420
     if isinstance(video, Yuv420):
-        height, width = video.height, video.width
-        clips: torch.Tensor | Yuv420 = replace(video, planes=video.planes.unflatten(0, (segments, -1)))
+        clips = replace(video, planes=video.planes.unflatten(0, (segments, -1)))
     else:
-        height, width = video.shape[1:3]
         clips = video.unflatten(0, (segments, -1))
-    windows = test_windows(height, width, size, crops)
-    return resize_crop(clips, [windows] * segments, size, threads=threads)
+    windows = test_windows(*frame_size(video), size, crops)
+    return resize_crop(clips, [windows] * segments, size, out=out, threads=threads)

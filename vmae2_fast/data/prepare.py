@@ -16,7 +16,8 @@ import torch
 from tqdm import tqdm
 
 from ..ops.resize import Window, resize_crop
-from .decode import VIDEO_SUFFIXES, DecodeError, decode_video, probe
+from .decode import decode_video
+from .probing import VIDEO_SUFFIXES, DecodeError, probe
 from .synthetic import SceneSet, source_tables, write_jpegs, write_moving_scenes, write_mp4
 
 _MAX_FRAMES = 300  # of each copy: enough for any demo clip, bounded for hour-long videos

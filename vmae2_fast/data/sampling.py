@@ -221,3 +221,11 @@ def spatial_views(height: int, width: int, size: int, crops: int) -> list[tuple[
 def _check(num_frames: int, frames: int, stride: int) -> None:
     if num_frames < 1 or frames < 1 or stride < 1:
         raise ValueError(f"frames, stride and the length of the video must be positive, got {frames}, {stride}, {num_frames}")
+
+
+def repeated(ids: np.ndarray) -> np.ndarray:
+    """Which frames of a clip only fill it up: bool, of the shape of `ids` [..., T], true where an id was there before."""
+    ids = np.asarray(ids)
+    flags = np.zeros(ids.shape, dtype=bool)
+    flags[..., 1:] = ids[..., 1:] == ids[..., :-1]
+    return flags

@@ -14,8 +14,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from .decode import DecodeError, decode_timed, probe, sound_frames
+from .decode import decode_timed
 from .files import Listed, in_processes, shard_of
+from .probing import DecodeError, probe
+from .streaming import sound_frames
 
 _ENCODERS = {"h264": "libx264", "hevc": "libx265", "vp9": "libvpx-vp9"}
 

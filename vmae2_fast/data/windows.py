@@ -15,9 +15,9 @@ from torch import Tensor
 
 from ..config import ExtractConfig
 from ..ops.resize import resize_crop
-from .decode import stream_video
 from .plan import test_windows
 from .sampling import tad_window_starts
+from .streaming import stream_video
 
 Prepare = Callable[[Tensor], Tensor]
 """Decoded frames uint8 [N, H, W, 3] -> the frames a model is shown, [N, ...]."""

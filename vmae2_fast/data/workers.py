@@ -31,8 +31,10 @@ import numpy as np
 import torch
 from pebble import ProcessExpired, ProcessPool
 
-from .decode import DecodeError, decode_images, decode_video, probe
+from ..ops.yuv import Yuv420
 from .manifest import Record, Source
+from .planes import Frames, folder_frames, video_frames
+from .probing import DecodeError, probe
 
 DEATHS = 2
 """Processes a job may take with it before its clip is held to be the cause."""
@@ -105,9 +107,9 @@ class Job:
     record: Record
     choose: Callable[[int], np.ndarray]
     """Length of the video -> frame ids."""
-    cut: Callable[[torch.Tensor, Any], Any]
-    """Frames uint8 [T, H, W, C], out -> what is to come back beside the clips: fills `out` with the views. It must not give
-    back tensors, which torch would send through files of their own."""
+    cut: Callable[[torch.Tensor | Yuv420, Any], Any]
+    """Frames uint8 [T, H, W, C] or in YUV 4:2:0, out -> what is to come back beside the clips: fills `out` with the views. It
+    must not give back tensors, which torch would send through files of their own."""
     place: Place | None
     """None: what `cut` gives back is all, and `out` is None."""
     keep: int = 0
@@ -121,13 +123,15 @@ class Done(NamedTuple):
     """Frames of the clip."""
     seconds: float
     """Time of decoding, with reading the file."""
-    video: np.ndarray | None
-    """The whole video uint8 [N, H, W, C], where it is worth keeping."""
+    video: Frames | None
+    """The whole video, where it is worth keeping."""
     cut: Any
     """What the job's `cut` gave back."""
+    why_rgb: str | None = None
+    """Why PyAV converted the frames to RGB; None: it did not."""
 
 
-def run_job(job: Job, out: torch.Tensor | None = None, video: np.ndarray | None = None) -> Done:
+def run_job(job: Job, out: torch.Tensor | None = None, video: Frames | None = None) -> Done:
     """Decode a clip (or take its frames from the kept `video`) and write its views to `out`, by default the job's place.
 
     Raises DecodeError.
@@ -136,27 +140,27 @@ def run_job(job: Job, out: torch.Tensor | None = None, video: np.ndarray | None 
     whole = None
     if video is not None:
         ids = job.choose(len(video))
-        frames = video[ids]
+        frames = video.take(ids)
     else:
         read, count = _reader(job)
         ids = job.choose(count)
         frames = read(ids)
-        if job.keep and frames[0].nbytes * count <= job.keep:
+        if job.keep and frames.nbytes // len(frames) * count <= job.keep:
             with contextlib.suppress(DecodeError):  # damaged outside the planned frames: a good clip of a video not kept
                 whole = read(np.arange(count))
     seconds = time.perf_counter() - begin
     if out is None and job.place is not None:
         out = _open(job.place)
-    return Done(ids, seconds, whole, job.cut(torch.from_numpy(frames), out))
+    return Done(ids, seconds, whole, job.cut(frames.tensor(), out), frames.why_rgb)
 
 
-def _reader(job: Job) -> tuple[Callable[[np.ndarray], np.ndarray], int]:
+def _reader(job: Job) -> tuple[Callable[[np.ndarray], Frames], int]:
     """ids -> frames of the job's clip, and its number of frames."""
     path, record = job.source.path(job.record), job.record
     if record.total < 0:
-        return lambda ids: decode_video(path, ids), probe(path).num_frames
+        return lambda ids: video_frames(path, ids), probe(path).num_frames
     files = job.source.frame_files(record)
-    return lambda ids: decode_images(path, files, ids), record.total
+    return lambda ids: folder_frames(path, files, ids), record.total
 
 
 def _open(place: Place) -> torch.Tensor:
@@ -252,7 +256,7 @@ class DecodePool:
         self._known: set[int] | None = None
         return ProcessPool(self._workers, initializer=start_worker, context=decoder_context())
 
-    def submit(self, job: Job, *, out: torch.Tensor | None, video: np.ndarray | None = None) -> Ticket:
+    def submit(self, job: Job, *, out: torch.Tensor | None, video: Frames | None = None) -> Ticket:
         """Run a job; one whose `video` is kept here needs no process, `out` is this process's view of the job's place."""
         if self._processes is None or video is not None:
             return Ticket(job, self._thread.submit(run_job, job, out, video))

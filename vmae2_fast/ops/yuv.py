@@ -90,6 +90,11 @@ class Yuv420:
             )
 
 
+def frame_size(frames: Tensor | Yuv420) -> tuple[int, int]:
+    """Height and width in pixels of frames [..., H, W, C] or in YUV 4:2:0."""
+    return (frames.height, frames.width) if isinstance(frames, Yuv420) else (frames.shape[-3], frames.shape[-2])
+
+
 def rgb_reference(luma: Tensor, u: Tensor, v: Tensor, row: Coefficients) -> Tensor:
     """The specification: int64 [H, W, 3] of luma and the chroma of every pixel, each uint8 [H, W]."""
     y, u, v = row.y * (luma.long() - row.black) + (1 << SHIFT - 1), u.long() - 128, v.long() - 128

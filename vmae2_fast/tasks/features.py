@@ -29,7 +29,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..config import ExtractConfig, require
-from ..data.decode import VIDEO_SUFFIXES, DecodeError, frame_rate, probe
+from ..data.probing import VIDEO_SUFFIXES, DecodeError, frame_rate, probe
 from ..data.tad import FEATURES_HEADER, FEATURES_VIDEOS, read_features_header
 from ..data.windows import crop_frames, squash_frames, stream_windows, window_frames
 from ..models import VisionTransformer
