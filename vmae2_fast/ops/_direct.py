@@ -65,7 +65,8 @@ def shortcut(overload: Any, body: Callable[..., Any]) -> Callable[..., Any]:
     if accepted is None:
         return overload  # type: ignore[no-any-return]
     items = {i: _ITEMS[str(a.real_type)] for i, a in enumerate(overload._schema.arguments) if str(a.real_type) in _ITEMS}
-    count, known = len(accepted), {}  # argument types seen -> places of the tensors
+    count = len(accepted)
+    known: dict[tuple[type, ...], tuple[int, ...]] = {}  # argument types seen -> places of the tensors
 
     def places(types: tuple[type, ...]) -> tuple[int, ...] | None:
         if len(types) != count or not all(kind in allowed for kind, allowed in zip(types, accepted, strict=True)):
