@@ -18,7 +18,7 @@ help:
 	@echo "make drills             kills, byte flips, crashed and hanging ranks, in full numbers"
 	@echo "make recipes-smoke      every recipe, shrunk, from data to weights"
 	@echo "make lint               ruff and mypy"
-	@echo "make bench              microbenchmarks beside the honest alternatives"
+	@echo "make bench              microbenchmarks beside the honest alternatives; VMAE2_BENCH=all: at every model size"
 	@echo "make aot                compile every GPU kernel without a GPU, print registers, shared memory and spills"
 	@echo "make sanitize           native kernels under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make fuzz               500 mutated video files: none may crash, hang or be decoded wrong"

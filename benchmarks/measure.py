@@ -6,6 +6,8 @@ in each round, and read as the ratio of medians.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -45,10 +47,10 @@ def timed(calls: list[Callable[[], Any]], device: torch.device, repeats: int) ->
 
 
 def turns(names: list[str], rounds: int) -> Iterator[list[str]]:
-    """The names in each round's order: another one first each time."""
+    """The names in each round's order: another one first each time, forwards and backwards, so that none always follows the
+    same one and finds what that left in the caches."""
     for i in range(rounds):
-        first = i % len(names) if names else 0
-        yield names[first:] + names[:first]
+        yield [names[(i + k * (-1) ** i) % len(names)] for k in range(len(names))]
 
 
 def in_turns(watches: Mapping[str, Callable[[int], float]], rounds: int) -> dict[str, list[float]]:
@@ -60,8 +62,36 @@ def in_turns(watches: Mapping[str, Callable[[int], float]], rounds: int) -> dict
     return seconds
 
 
+_MMAP_MAX, _TRIM_THRESHOLD = -4, -1  # of mallopt(3)
+
+
+@contextlib.contextmanager
+def held_memory() -> Iterator[bool]:
+    """Have malloc keep what is freed, so that every variant writes into memory this process already has, as the copy does.
+
+    Otherwise glibc gives large tensors back to the operating system, or not, depending on what lies beside them: a variant
+    that gets fresh pages, cleared one by one as they are first written, then takes twice as long as one that does not.
+    False where there is no such malloc; nothing is changed there.
+    """
+    try:
+        libc = ctypes.CDLL(None)
+        mallopt, trim = libc.mallopt, libc.malloc_trim
+    except (AttributeError, OSError, TypeError):
+        yield False
+        return
+    mallopt(_MMAP_MAX, 0)
+    mallopt(_TRIM_THRESHOLD, 2**31 - 1)
+    try:
+        yield True
+    finally:
+        mallopt(_MMAP_MAX, 1 << 16)
+        mallopt(_TRIM_THRESHOLD, 1 << 17)
+        trim(0)
+
+
 class Copy:
-    """A copy of `count` bytes, far more than any cache holds: the rate nothing that reads and writes memory can beat."""
+    """A copy of `count` bytes, far more than any cache holds, on torch's threads into memory that is in use: the rate nothing
+    that reads and writes memory can beat. What is read and what is written both count."""
 
     def __init__(self, device: torch.device, count: int) -> None:
         self.count = count

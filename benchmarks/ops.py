@@ -185,7 +185,8 @@ def set_threads(threads: int) -> None:
 def bench_ops(only: Iterable[str] = (), *, rounds: int = 15, threads: int = 0, toy: bool = False) -> dict[str, Any]:
     """Measure `KEYS` on this processor in float32; dictionaries by key, ratios of interleaved medians.
 
-    `ratio_vs_strong` is against the fastest form, named under `strong`. Raises ValueError for unknown keys or numbers out of
+    `ratio_vs_strong` is against the fastest form, named under `strong`; `held_memory`: whether all variants had memory that
+    was in use already (`measure.held_memory`). Raises ValueError for unknown keys or numbers out of
     range, AssertionError if a variant computes something else.
     """
     if rounds < 1:
@@ -193,9 +194,9 @@ def bench_ops(only: Iterable[str] = (), *, rounds: int = 15, threads: int = 0, t
     keys = chosen_keys(list(only))
     set_threads(threads)
     device = torch.device("cpu")
-    copy = measure.Copy(device, 1 << 20 if toy else COPY_BYTES)
     results: dict[str, dict[str, Any]] = {}
-    with tqdm(keys, desc="bench ops", unit="key", disable=None) as bar:
+    with measure.held_memory() as held, tqdm(keys, desc="bench ops", unit="key", disable=None) as bar:
+        copy = measure.Copy(device, 1 << 20 if toy else COPY_BYTES)
         for key in bar:
             name, size, direction = KEYS[key]
             size = "toy" if toy else size
@@ -211,7 +212,7 @@ def bench_ops(only: Iterable[str] = (), *, rounds: int = 15, threads: int = 0, t
         "copy_gb_per_s": median(result["copy_gb_per_s"] for result in results.values()),
         "backend": {key: result["default"] for key, result in results.items()},
         "strong": {key: result["strong"] for key, result in results.items()},
-        "ops": results, "dtype": "float32", "toy": toy, "rounds": rounds, "threads": torch.get_num_threads(),
-        "cpu_flags": machine(device)["cpu_flags"], "machine": machine(device), "versions": versions(),
-        "commit": commit(repo_root()),
+        "ops": results, "dtype": "float32", "toy": toy, "rounds": rounds, "held_memory": held,
+        "threads": torch.get_num_threads(), "cpu_flags": machine(device)["cpu_flags"], "machine": machine(device),
+        "versions": versions(), "commit": commit(repo_root()),
     }  # fmt: skip

@@ -1,13 +1,15 @@
 """Every case of `cases.py` on this processor: op x backend x model size, forward and backward, beside the alternatives.
 
-`make bench` runs this file and prints the ratios. Each variant is timed right after one run of ours (the backend that runs by
-default), so a machine that slows down slows both; `times_ours` is the median of those ratios. `strong` is the fastest form of
-the strong alternative in a short trial, named in `extra_info`.
+`make bench` runs this file and prints the ratios, for ViT-B and ViT-g, or with VMAE2_BENCH=all for every published size. Each
+variant is timed right after one run of ours (the backend that runs by default), so a machine that slows down slows both;
+`times_ours` is the median of those ratios. `strong` is the fastest form of the strong alternative in a short trial, named in
+`extra_info`.
 """
 
 from __future__ import annotations
 
 import functools
+import os
 import time
 from statistics import median
 from typing import Any
@@ -19,7 +21,10 @@ from vmae2_fast.benchmarks import cases
 from vmae2_fast.benchmarks.ops import Contest
 
 CPU = torch.device("cpu")
-SIZES = ("vit_b", "vit_g")
+PUBLISHED = [size for size in cases.MODELS if size != "toy"]
+SIZES = {"": ["vit_b", "vit_g"], "all": PUBLISHED}.get(os.environ.get("VMAE2_BENCH", ""))
+if SIZES is None:
+    raise pytest.UsageError(f"VMAE2_BENCH={os.environ['VMAE2_BENCH']} is unknown: all, or unset for vit_b and vit_g")
 ROUNDS = 5
 VARIANTS = [
     pytest.param(name, size, direction, variant, id=f"{name}-{size}-{direction}-{variant}")

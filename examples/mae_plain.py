@@ -3,6 +3,7 @@
     python examples/mae_plain.py                    # plain PyTorch, the way many people write it
     python examples/mae_fused.py                    # the same with three lines changed to the ops of vmae2_fast
     python examples/mae_fused.py --videos DIR       # on your own video files instead of moving textures (needs PyAV)
+    python examples/mae_compare.py                  # both in turns: how many times faster
 
 Both print the same losses (in float32 they differ in the last digit or two) and the median time of a step.
 """
@@ -10,6 +11,8 @@ Both print the same losses (in float32 they differ in the last digit or two) and
 import argparse
 import json
 import time
+from collections.abc import Iterator
+from itertools import islice
 
 import torch
 from mae_data import GRID, PATCH, TUBELET, from_videos, moving_textures, tube_mask
@@ -42,13 +45,12 @@ class Mae(nn.Module):
         return self.head(self.decoder(x)[:, visible.shape[1] :])
 
 
-def train(steps: int, batch: int, videos: str | None = None, dtype: torch.dtype = torch.float32) -> list[tuple[float, float]]:
-    """(loss, seconds) of each step."""
+def steps(batch: int, videos: str | None = None, dtype: torch.dtype = torch.float32) -> Iterator[tuple[float, float]]:
+    """(loss, seconds) of one step after the other."""
     torch.manual_seed(0)
     model = Mae().to(dtype)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05, fused=True)
-    history = []
-    for _ in range(steps):
+    while True:
         clip = moving_textures(batch) if videos is None else from_videos(videos, batch)
         visible, hidden = tube_mask(batch)
         begin = time.perf_counter()
@@ -56,8 +58,7 @@ def train(steps: int, batch: int, videos: str | None = None, dtype: torch.dtype 
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        history.append((loss.item(), time.perf_counter() - begin))
-    return history
+        yield loss.item(), time.perf_counter() - begin
 
 
 if __name__ == "__main__":
@@ -66,5 +67,5 @@ if __name__ == "__main__":
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--videos", help="folder of video files")
     given = parser.parse_args()
-    losses, seconds = zip(*train(given.steps, given.batch, given.videos))
+    losses, seconds = zip(*islice(steps(given.batch, given.videos), given.steps))
     print(json.dumps({"losses": losses, "median_step_ms": 1e3 * sorted(seconds)[len(seconds) // 2]}))

@@ -93,7 +93,7 @@ class _Request:
     one: tuple[tuple[str, tuple[str, ...]], ...] = ()
 
     def for_op(self, op: str) -> tuple[str, ...]:
-        return dict(self.one).get(op, self.every)
+        return dict(self.one).get(op, self.every) if self.one else self.every
 
 
 def _parse(text: str) -> _Request:
@@ -248,12 +248,13 @@ def _too_old(device: torch.device, what: str) -> str | None:
 
 def why_not_native(device: torch.device) -> str | None:
     """The refusal shared by all native implementations."""
-    if native() is None:
-        return _load_native()[1]
+    extension, reason = _load_native()
+    if extension is None:
+        return reason
     if device.type == "cpu":
         return None
     if device.type == "cuda":
-        if not native().cuda_available():  # type: ignore[union-attr]
+        if not extension.cuda_available():
             return "vmae2_fast._C was built without CUDA (no nvcc at install time, or VMAE2_CUDA=OFF)"
         return _too_old(device, "CUDA kernels")
     return f"no native kernels for {device.type}"

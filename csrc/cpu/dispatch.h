@@ -71,24 +71,27 @@ struct Layout {
   }
 };
 
+// The cache line of an address into the cache; a hint that never faults.
+inline void prefetch([[maybe_unused]] const void* address) {
+#if defined(__GNUC__) || defined(__clang__)
+  __builtin_prefetch(address);
+#endif
+}
+
 // Every line of a token into the cache: the lines are too far apart for the processor to see them coming.
 template <class Pixel>
 inline void prefetch_token(const Pixel* corner, const Clip& s, const Layout& layout) {
-#if defined(__GNUC__) || defined(__clang__)
   const bool planes = layout.pixel == 1;
   const int64_t last = (planes ? s.patch : s.patch * s.channels) - 1;
   for (int64_t c = 0; c < (planes ? s.channels : 1); ++c) {
     for (int64_t t = 0; t < s.tubelet; ++t) {
       for (int64_t y = 0; y < s.patch; ++y) {
         const Pixel* line = corner + c * layout.channel + t * layout.frame + y * layout.line;
-        __builtin_prefetch(line);
-        __builtin_prefetch(line + last);
+        prefetch(line);
+        prefetch(line + last);
       }
     }
   }
-#else
-  (void)corner, (void)s, (void)layout;
-#endif
 }
 
 }  // namespace vmae2

@@ -11,6 +11,7 @@ from .. import backend
 
 # The numbers of `enum class Dtype` in csrc/ops.h.
 DTYPE_CODES = {torch.uint8: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3, torch.int32: 4, torch.int64: 5}
+_PLAIN = (Tensor, torch.nn.Parameter)
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 """Floating dtypes the native kernels take; float64 is served by the reference implementations."""
 
@@ -54,7 +55,7 @@ def address(tensor: Tensor, dtypes: tuple[torch.dtype, ...], name: str) -> int:
     Raises TypeError for anything but a dense `torch.Tensor` or `Parameter` (fake tensors, DTensor and other subclasses
     hold no plain memory) or a dtype not in `dtypes`; ValueError for a tensor that is not contiguous.
     """
-    if type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.layout != torch.strided:
+    if type(tensor) not in _PLAIN or tensor.layout != torch.strided:
         raise TypeError(
             f"{name}: native kernels take plain dense tensors, got {type(tensor).__name__} ({tensor.layout}); "
             'pass its local dense tensor, or run the op with use_backend("reference")'
@@ -63,6 +64,6 @@ def address(tensor: Tensor, dtypes: tuple[torch.dtype, ...], name: str) -> int:
         raise TypeError(f"{name}: dtype must be one of {', '.join(map(str, dtypes))}, got {tensor.dtype}")
     if not tensor.is_contiguous():
         raise ValueError(f"{name}: must be contiguous, got shape {tuple(tensor.shape)} with strides {tensor.stride()}")
-    if tensor.is_conj() or tensor.is_neg():
-        raise ValueError(f"{name}: must not be a lazily conjugated or negated view")
+    if tensor.is_neg():
+        raise ValueError(f"{name}: must not be a lazily negated view")
     return tensor.data_ptr()

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from .. import backend
+from ._direct import shortcut
 
 LIBRARY = torch.library.Library("vmae2", "FRAGMENT")
 
@@ -27,7 +28,7 @@ def define(
     backward: Callable[..., Any] | None = None,
     setup_context: Callable[..., None] | None = None,
 ) -> Any:
-    """Register `vmae2::<schema>` and return its default overload, ready to be called.
+    """Register `vmae2::<schema>` and return what calls its default overload, past the dispatcher where that has nothing to do.
 
     `fake` gives shapes and dtypes without reading data; `backward` and `setup_context` are those of
     `torch.library.register_autograd`.
@@ -37,12 +38,12 @@ def define(
     LIBRARY.impl(name, body, "CompositeExplicitAutograd")
     LIBRARY.impl(name, functools.partial(_refuse_transform, name), "FuncTorchDynamicLayerFrontMode")
     torch.library.register_fake(f"vmae2::{name}", fake, lib=LIBRARY)
-    if "!)" in schema:  # fills a tensor it is given: there is nothing to differentiate
+    if "!)" in schema:  # fills a tensor it is given: nothing to differentiate, but a version for the dispatcher to count up
         return getattr(torch.ops.vmae2, name).default
     if backward is None:  # without a rule autograd would go on with a gradient that silently misses a term
         backward, setup_context = functools.partial(_refuse_gradient, name), None
     torch.library.register_autograd(f"vmae2::{name}", backward, setup_context=setup_context, lib=LIBRARY)
-    return getattr(torch.ops.vmae2, name).default
+    return shortcut(getattr(torch.ops.vmae2, name).default, body)
 
 
 def _refuse_gradient(name: str, *_: Any) -> Any:

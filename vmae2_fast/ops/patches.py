@@ -53,6 +53,13 @@ def channel_statistics(
     return [float(v) for v in mean], [float(v) for v in std]
 
 
+def _scale_and_shift(mean: Sequence[float], std: Sequence[float]) -> tuple[list[float], list[float]]:
+    return [1 / (255 * s) for s in std], [-m / s for m, s in zip(mean, std, strict=True)]
+
+
+_IMAGENET = _scale_and_shift(IMAGENET_MEAN, IMAGENET_STD)
+
+
 def clip_shape(clip: Tensor) -> tuple[int, int, int, int, int]:
     """(B, T, H, W, C) of a clip: uint8 is [B, T, H, W, C], floating point [B, C, T, H, W]."""
     if clip.dtype == torch.uint8:
@@ -66,28 +73,28 @@ def check_clip(clip: Tensor, patch: int, tubelet: int, op: str) -> tuple[int, in
     """(T', H', W', C) of a clip after checking it. Raises ValueError naming `op`, the shape and what would fit,
     TypeError for no tensor."""
     check_tensor(clip, op, "clip")
-    check(
-        clip.ndim == 5 and (clip.dtype == torch.uint8 or clip.is_floating_point()),
-        f"{op}: clip must be uint8 [B, T, H, W, C] or floating point [B, C, T, H, W], got {clip.dtype} {tuple(clip.shape)}",
-    )
-    _, t, h, w, c = clip_shape(clip)
-    check(c >= 1, f"{op}: clip must have at least one channel, got {clip.dtype} {tuple(clip.shape)}")
-    check(
-        patch >= 1 and tubelet >= 1 and t % tubelet == 0 and h % patch == 0 and w % patch == 0,
-        f"{op}: T, H, W = {t}, {h}, {w} of the clip must be multiples of tubelet {tubelet} and patch {patch}",
-    )
+    shape = clip.shape
+    if len(shape) != 5 or not (clip.dtype == torch.uint8 or clip.is_floating_point()):
+        raise ValueError(
+            f"{op}: clip must be uint8 [B, T, H, W, C] or floating point [B, C, T, H, W], got {clip.dtype} {tuple(shape)}"
+        )
+    _, t, h, w, c = shape if clip.dtype == torch.uint8 else (shape[0], *shape[2:], shape[1])
+    if c < 1:
+        raise ValueError(f"{op}: clip must have at least one channel, got {clip.dtype} {tuple(shape)}")
+    if patch < 1 or tubelet < 1 or t % tubelet or h % patch or w % patch:
+        raise ValueError(f"{op}: T, H, W = {t}, {h}, {w} of the clip must be multiples of tubelet {tubelet} and patch {patch}")
     return t // tubelet, h // patch, w // patch, c
 
 
 def check_index(index: Tensor, batch: int, device: torch.device, op: str, name: str = "index") -> Tensor:
     """`index` as contiguous int32 [B, K]. Raises ValueError for another shape, dtype or device, TypeError for no tensor."""
     check_tensor(index, op, name)
-    check(
-        index.ndim == 2 and index.shape[0] == batch and index.dtype in (torch.int32, torch.int64),
-        f"{op}: {name} must be int32 [B, K] with B = {batch}, got {index.dtype} {tuple(index.shape)}",
-    )
-    check(index.device == device, f"{op}: {name} is on {index.device}, the other tensors on {device}")
-    if index.dtype == torch.int64:  # an id beyond int32 must stay outside the grid, not wrap around into it
+    dtype = index.dtype
+    if index.ndim != 2 or index.shape[0] != batch or (dtype != torch.int32 and dtype != torch.int64):
+        raise ValueError(f"{op}: {name} must be int32 [B, K] with B = {batch}, got {dtype} {tuple(index.shape)}")
+    if index.device != device:
+        raise ValueError(f"{op}: {name} is on {index.device}, the other tensors on {device}")
+    if dtype == torch.int64:  # an id beyond int32 must stay outside the grid, not wrap around into it
         index = index.clamp(-2, 2**31 - 1).to(torch.int32)
     return index.contiguous()
 
@@ -317,15 +324,19 @@ def gather_patches(
     Floor: n = C*tubelet*patch*patch bytes read and n times the row's item size written a token, plus 4 B of index (4.9 MB
     for 4 uint8 clips of ViT-B in float32); 2n FLOPs a token. Bound by memory.
     """
-    channels = check_clip(clip, patch, tubelet, "gather_patches")[3]
-    index = check_index(index, clip.shape[0], clip.device, "gather_patches")
-    check(order in ORDERS, f"gather_patches: order must be one of {', '.join(ORDERS)}, got {order!r}")
-    check(dtype.is_floating_point, f"gather_patches: dtype must be a floating point type, got {dtype}")
-    scale, shift = [1.0] * channels, [0.0] * channels
-    if clip.dtype == torch.uint8:
-        mean, std = channel_statistics(channels, mean, std, "gather_patches")
-        scale, shift = [1 / (255 * s) for s in std], [-m / s for m, s in zip(mean, std, strict=True)]
-    name = backend.argument("gather_patches", clip.device, clip.dtype, dtype)
+    channels, device = check_clip(clip, patch, tubelet, "gather_patches")[3], clip.device
+    index = check_index(index, clip.shape[0], device, "gather_patches")
+    if order not in ORDERS:
+        raise ValueError(f"gather_patches: order must be one of {', '.join(ORDERS)}, got {order!r}")
+    if not dtype.is_floating_point:
+        raise ValueError(f"gather_patches: dtype must be a floating point type, got {dtype}")
+    if clip.dtype != torch.uint8:
+        scale, shift = [1.0] * channels, [0.0] * channels
+    elif mean is None and std is None and channels == 3:
+        scale, shift = _IMAGENET
+    else:
+        scale, shift = _scale_and_shift(*channel_statistics(channels, mean, std, "gather_patches"))
+    name = backend.argument("gather_patches", device, clip.dtype, dtype)
     return _gather(clip, index, patch, tubelet, scale, shift, dtype, order, name)
 
 
@@ -350,19 +361,22 @@ def scatter_patches(
     Floor: the rows read and the whole clip written once; no FLOPs.
     """
     check_tensor(rows, "scatter_patches", "rows")
-    check(
-        min(patch, tubelet, channels) >= 1,
-        f"scatter_patches: patch, tubelet and channels must be at least 1, got {patch}, {tubelet} and {channels}",
-    )
+    if min(patch, tubelet, channels) < 1:
+        raise ValueError(
+            f"scatter_patches: patch, tubelet and channels must be at least 1, got {patch}, {tubelet} and {channels}"
+        )
     width = channels * tubelet * patch * patch
-    check(
-        rows.ndim == 3 and rows.is_floating_point() and rows.shape[2] == width,
-        f"scatter_patches: rows must be floating point [B, K, {width}] for {channels} channels, tubelet {tubelet} and patch "
-        f"{patch}, got {rows.dtype} {tuple(rows.shape)}",
-    )
-    check(len(grid) == 3 and min(grid) >= 1, f"scatter_patches: grid must be (T', H', W'), got {tuple(grid)}")
-    check(order in ORDERS, f"scatter_patches: order must be one of {', '.join(ORDERS)}, got {order!r}")
+    if rows.ndim != 3 or not rows.is_floating_point() or rows.shape[2] != width:
+        raise ValueError(
+            f"scatter_patches: rows must be floating point [B, K, {width}] for {channels} channels, tubelet {tubelet} and "
+            f"patch {patch}, got {rows.dtype} {tuple(rows.shape)}"
+        )
+    if len(grid) != 3 or min(grid) < 1:
+        raise ValueError(f"scatter_patches: grid must be (T', H', W'), got {tuple(grid)}")
+    if order not in ORDERS:
+        raise ValueError(f"scatter_patches: order must be one of {', '.join(ORDERS)}, got {order!r}")
     index = check_index(index, rows.shape[0], rows.device, "scatter_patches")
-    check(index.shape[1] == rows.shape[1], f"scatter_patches: {rows.shape[1]} rows but {index.shape[1]} indices")
+    if index.shape[1] != rows.shape[1]:
+        raise ValueError(f"scatter_patches: {rows.shape[1]} rows but {index.shape[1]} indices")
     name = backend.argument("scatter_patches", rows.device, rows.dtype)
     return _scatter(rows, index, list(grid), patch, tubelet, channels, order, name)

@@ -280,33 +280,34 @@ def reconstruction_loss(
     38.9 MB), 5 B in bfloat16. Ours moves 14 and 8, since it reads clip and predictions once each way: the gradient is not
     known before the upstream one is.
     """
-    channels = check_clip(clip, patch, tubelet, "reconstruction_loss")[3]
+    channels, device = check_clip(clip, patch, tubelet, "reconstruction_loss")[3], clip.device
     width = channels * tubelet * patch * patch
     check_tensor(pred, "reconstruction_loss", "pred")
-    check(
-        pred.ndim == 3 and pred.is_floating_point() and pred.shape[0] == clip.shape[0] and pred.shape[2] == width,
-        f"reconstruction_loss: pred must be floating point [{clip.shape[0]}, L, {width}] for this clip, patch {patch} and "
-        f"tubelet {tubelet}, got {pred.dtype} {tuple(pred.shape)}",
-    )
-    check(pred.device == clip.device, f"reconstruction_loss: pred is on {pred.device}, clip on {clip.device}")
-    loss_index = check_index(loss_index, pred.shape[0], pred.device, "reconstruction_loss", "loss_index")
-    check(
-        loss_index.shape[1] == pred.shape[1],
-        f"reconstruction_loss: pred has {pred.shape[1]} tokens a sample, loss_index {loss_index.shape[1]}",
-    )
-    check(
-        not normalize or tubelet * patch * patch > 1,
-        "reconstruction_loss: a patch of one pixel has no variance; use normalize=False",
-    )
-    check(denominator in ("code", "paper"), f"reconstruction_loss: denominator must be code or paper, got {denominator!r}")
-    check(reduction in ("mean", "sum"), f"reconstruction_loss: reduction must be mean or sum, got {reduction!r}")
-    check(
-        denominator == "code" or (isinstance(decoded, (int, torch.SymInt)) and decoded >= 1),
-        'reconstruction_loss: denominator="paper" needs decoded=, the number of tokens decoded per clip, a whole one of at '
-        f"least 1; got {decoded}",
-    )
+    if pred.ndim != 3 or not pred.is_floating_point() or pred.shape[0] != clip.shape[0] or pred.shape[2] != width:
+        raise ValueError(
+            f"reconstruction_loss: pred must be floating point [{clip.shape[0]}, L, {width}] for this clip, patch {patch} and "
+            f"tubelet {tubelet}, got {pred.dtype} {tuple(pred.shape)}"
+        )
+    if pred.device != device:
+        raise ValueError(f"reconstruction_loss: pred is on {pred.device}, clip on {device}")
+    loss_index = check_index(loss_index, pred.shape[0], device, "reconstruction_loss", "loss_index")
+    if loss_index.shape[1] != pred.shape[1]:
+        raise ValueError(
+            f"reconstruction_loss: pred has {pred.shape[1]} tokens a sample, loss_index {loss_index.shape[1]}"
+        )
+    if normalize and tubelet * patch * patch <= 1:
+        raise ValueError("reconstruction_loss: a patch of one pixel has no variance; use normalize=False")
+    if denominator not in ("code", "paper"):
+        raise ValueError(f"reconstruction_loss: denominator must be code or paper, got {denominator!r}")
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"reconstruction_loss: reduction must be mean or sum, got {reduction!r}")
+    if denominator == "paper" and not (isinstance(decoded, (int, torch.SymInt)) and decoded >= 1):
+        raise ValueError(
+            'reconstruction_loss: denominator="paper" needs decoded=, the number of tokens decoded per clip, a whole one of '
+            f"at least 1; got {decoded}"
+        )
     statistics = _statistics(clip, mean, std, channels, "reconstruction_loss")
-    name = backend.argument("reconstruction_loss", pred.device, pred.dtype, clip.dtype)
+    name = backend.argument("reconstruction_loss", device, pred.dtype, clip.dtype)
     loss_sum, count, _ = _loss(pred, clip, loss_index, patch, tubelet, normalize, *statistics, name)
     if denominator == "paper":
         assert decoded is not None
