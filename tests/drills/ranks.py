@@ -9,10 +9,14 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -60,13 +64,47 @@ def run(ranks: int, clips: Path, out: Path, **options: Any) -> tuple[int, str]:
     return process.returncode, output
 
 
+def without_privileges() -> list[str]:
+    """Command prefix for a process that file permissions bind: root's do not bind root."""
+    return [] if os.geteuid() else ["unshare", "--user"]
+
+
+def mounting(path: Path, size: str) -> list[str]:
+    """Command prefix for a process that has an empty file system of `size` of its own at `path`."""
+    mount = 'mount -t tmpfs -o "size=$0" none "$1" && shift && exec "$@"'
+    return ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", mount, size, str(path)]
+
+
+def allowed(prefix: list[str]) -> bool:
+    """Whether this machine lets us run a command behind `prefix`."""
+    if not prefix:
+        return True
+    return shutil.which(prefix[0]) is not None and not subprocess.run([*prefix, "true"], capture_output=True).returncode
+
+
+def needs(prefix: list[str]) -> pytest.MarkDecorator:
+    """Skips a drill on machines that do not allow what `prefix` does."""
+    return pytest.mark.skipif(not allowed(prefix), reason=f"not allowed here: {' '.join(prefix[:3])}")
+
+
 class Forks:
-    """Ranks forked by a server, a context manager: a run costs its own seconds, not those of importing torch."""
+    """Ranks forked by a server, a context manager: a run costs its own seconds, not those of importing torch.
+
+    prefix: command in front of the server's, see `mounting` and `without_privileges`.
+    """
+
+    def __init__(self, prefix: Sequence[str] = ()) -> None:
+        self._prefix = prefix
+
+    @property
+    def root(self) -> Path:
+        """The file system as the ranks see it."""
+        return Path(f"/proc/{self._server.pid}/root")
 
     def __enter__(self) -> Forks:
         self._numbers = itertools.count()
         self._server = subprocess.Popen(
-            [sys.executable, "-m", "tests.drills.worker"], cwd=ROOT, text=True, env={**os.environ, **ENVIRONMENT},
+            [*self._prefix, sys.executable, "-m", "tests.drills.worker"], cwd=ROOT, text=True, env={**os.environ, **ENVIRONMENT},
             stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         )  # fmt: skip
         return self

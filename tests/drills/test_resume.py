@@ -54,7 +54,7 @@ def test_killed_at_a_seeded_step_it_ends_with_the_same_bits(
     assert codes[victim] == -signal.SIGKILL, log
     assert all(codes), log  # a rank alone does not go on
     left = max((tmp_path / "tiny_pretrain" / "checkpoints").glob("step-*")).name
-    assert left == f"step-{step:08d}"
+    assert left in (f"step-{step - 1:08d}", f"step-{step:08d}")  # the last may not have been committed yet
     codes, log = forks.run(clips, tmp_path, before=COMPILE, **options)
     assert codes == [0] * number, log
     assert same_run(done(tmp_path), undisturbed(number, checkpointing, compiled))

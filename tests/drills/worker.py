@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 
 from tests import tiny_runs as tiny
+from vmae2_fast.config import SourceConfig
 from vmae2_fast.tasks.pretrain import PretrainTask
 from vmae2_fast.train import checkpoint, loop, parallel
 from vmae2_fast.train.optim import Optimizer
@@ -31,6 +32,8 @@ from vmae2_fast.train.optim import Optimizer
 def work(clips: Path, out: Path, options: dict[str, Any]) -> None:
     torch.set_num_threads(1)
     config = tiny.with_train(getattr(tiny, f"{options['kind']}_config")(clips, out), **options["train"])
+    if "sources" in options["data"]:
+        options["data"]["sources"] = tuple(SourceConfig(**source) for source in options["data"]["sources"])
     for part in ("data", "model"):
         config = dataclasses.replace(config, **{part: dataclasses.replace(getattr(config, part), **options[part])})
     names = {

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import os
 import signal
 import sys
 import threading
@@ -388,10 +389,12 @@ _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 class Interrupt:
     """SIGTERM, SIGUSR1 (a scheduler's warning) and SIGINT set a flag while training, so that the step ends and is saved.
 
-    A second signal ends at once."""
+    A second signal ends at once, but not under torchrun: it passes on what it gets itself, so that ranks hear of one that
+    was sent to all processes of a job twice."""
 
     def __init__(self) -> None:
         self.signal = 0
+        self.passed_on = "TORCHELASTIC_RUN_ID" in os.environ
         self.deferred = True
         self.before: dict[int, Any] = {}
 
@@ -401,9 +404,9 @@ class Interrupt:
         return self
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if not self.deferred or self.signal:
+        if not self.deferred or (self.signal and not self.passed_on):
             raise SystemExit(128 + number)
-        self.signal = number
+        self.signal = self.signal or number
 
     def __exit__(self, *exc: object) -> None:
         for number, handler in self.before.items():
