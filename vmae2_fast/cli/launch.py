@@ -85,8 +85,9 @@ def _torchrun(arguments: list[str]) -> int:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    # By environment: not every torch knows the flags. SIGUSR1 is passed on like the others, and ranks have the time of a
-    # step and a checkpoint until they are killed.
+    # By environment: not every torch knows the flags. SIGUSR1 is passed on like the others, ranks have the time of a step
+    # and a checkpoint until they are killed, and those started again meet in a store of their own (see `parallel.join`).
+    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     os.environ.setdefault("PET_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1")
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
     try:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import sys
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypeVar
@@ -130,6 +131,14 @@ def join(device: torch.device | str | None = None) -> tuple[World, torch.device]
         kind = torch.device("cuda", world.local_rank)
         torch.cuda.set_device(kind)
     if not dist.is_initialized():
+        env = os.environ
+        if world.first and env.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and env.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
+            # torch 2.13 keeps one store over all restarts: ranks find addresses of processes that are gone, and wait for them.
+            print(
+                "WARNING: ranks that torchrun starts again may wait for ever; export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before "
+                "torchrun",
+                file=sys.stderr,
+            )
         backend = "cpu:gloo,cuda:nccl" if kind.type == "cuda" else "gloo"
         dist.init_process_group(backend, rank=world.rank, world_size=world.size)
     return world, kind
