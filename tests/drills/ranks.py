@@ -105,8 +105,8 @@ class Forks:
     def __enter__(self) -> Forks:
         self._numbers = itertools.count()
         self._server = subprocess.Popen(
-            [*self._prefix, sys.executable, "-m", "tests.drills.worker"], cwd=ROOT, text=True, env={**os.environ, **ENVIRONMENT},
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            [*self._prefix, sys.executable, "-m", "tests.drills.worker"], cwd=ROOT, text=True,
+            env={**os.environ, **ENVIRONMENT}, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         )  # fmt: skip
         return self
 

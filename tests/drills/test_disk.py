@@ -1,4 +1,4 @@
-"""A disk that refuses: one clear error, checkpoints as they were, nothing half-written, and the run goes on once it gives way."""
+"""A disk that refuses: one clear error, checkpoints as they were, nothing half-written; the run goes on once it gives way."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""kill -9 where it hurts most: in a step, in a save, before and after a commit; the rerun ends with the bits of a whole run."""
+"""kill -9 where it hurts most: in a step, in a save, around a commit; the rerun ends with the bits of a whole run."""
 
 from __future__ import annotations
 

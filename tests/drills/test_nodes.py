@@ -1,4 +1,4 @@
-"""Two machines, played by two torchrun agents: `vmae2 launch` joins them, one is lost with all its processes and comes back."""
+"""Two machines, played by two torchrun agents: `vmae2 launch` joins them, one is lost with its ranks and comes back."""
 
 from __future__ import annotations
 

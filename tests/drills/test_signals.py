@@ -1,4 +1,4 @@
-"""A scheduler's signals to `vmae2 launch` on several ranks with decoder processes: saved, told by the exit code, nothing left."""
+"""A scheduler's signals to `vmae2 launch` on several ranks with decoder processes: saved, told by exit code, nothing left."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from tests.drills.judge import FULL, done, same_bits
 def test_the_run_ends_and_the_quarantine_lists_exactly_the_bad_videos(clips, forks, tmp_path):
     root = tmp_path / "videos"
     root.mkdir()
-    good = [path for path in sorted(clips.rglob("*.mp4"))]
+    good = sorted(clips.rglob("*.mp4"))
     for number, path in enumerate(good):
         (root / f"good{number}.mp4").write_bytes(path.read_bytes())
     content = good[0].read_bytes()
