@@ -15,7 +15,7 @@ help:
 	@echo "make demo               progressive training on encoded video, report in $(OUT)/report.html"
 	@echo "make demo CLIPS=DIR     the same on a folder of labelled videos, in runs/clips"
 	@echo "make test               the test suite"
-	@echo "make drills             kills, byte flips, crashed and hanging ranks, in full numbers"
+	@echo "make drills             kills, byte flips, lost ranks and machines, full disks, signals, in full numbers"
 	@echo "make recipes-smoke      every recipe, shrunk, from data to weights"
 	@echo "make lint               ruff and mypy"
 	@echo "make bench              microbenchmarks beside the honest alternatives; VMAE2_BENCH=all: at every model size"
@@ -49,7 +49,7 @@ test: $(VENV)/.dev
 	OMP_NUM_THREADS=1 VMAE2_NATIVE=$(NATIVE) $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile $(ARGS)
 
 drills: $(VENV)/.dev
-	VMAE2_DRILLS=full VMAE2_NATIVE=$(NATIVE) $(BIN)/python -m pytest -q tests/drills --durations=0
+	OMP_NUM_THREADS=1 VMAE2_DRILLS=full VMAE2_NATIVE=$(NATIVE) $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal tests/drills --durations=0 -rP $(ARGS)
 
 recipes-smoke: $(VENV)/.dev
 	VMAE2_RECIPES=all VMAE2_NATIVE=$(NATIVE) $(BIN)/python -m pytest -q tests/recipes

@@ -1,36 +1,26 @@
-"""Runs on several gloo ranks: real processes under torch.distributed.run, each training a tiny config of `tests.tiny_runs`."""
+"""Runs in processes of their own, on one gloo rank or several, each training a tiny config of `tests.tiny_runs`.
+
+`start` and `run` go through torch.distributed.run; `Forks` forks ranks from a process that has imported everything, for
+drills that need many of them.
+"""
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
-
-# Arguments: clips, out, JSON of {"kind", "train", "before"}; `before` is code run in every process ahead of the training.
-WORKER = """
-import json, os, signal, sys, time
-from pathlib import Path
-import torch
-from tests import tiny_runs as tiny
-from vmae2_fast.train import checkpoint, loop, parallel, train
-from vmae2_fast.train.optim import Optimizer
-
-clips, out, options = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
-rank, attempt = int(os.environ["RANK"]), int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
-torch.set_num_threads(1)
-config = tiny.with_train(getattr(tiny, options["kind"] + "_config")(clips, out), **options["train"])
-exec(options["before"])
-try:
-    train(config, device="cpu")
-finally:
-    if options["leave"]:
-        parallel.leave()
-"""
+# The last: what `parallel.join` asks for where torchrun may start ranks again, and `vmae2 launch` sets itself.
+ENVIRONMENT = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 
 STEPPING = """
 original = Optimizer.step
@@ -46,24 +36,26 @@ def at_step(code: str) -> str:
     return STEPPING.format(code.replace("\n", "\n    "))
 
 
+def _options(kind: str, before: str, data: dict[str, Any] | None, model: dict[str, Any] | None, train: dict[str, Any]) -> Any:
+    return {"kind": kind, "before": before, "train": train, "data": data or {}, "model": model or {}}
+
+
 def torchrun(ranks: int, *arguments: str) -> subprocess.Popen[str]:
     """`torch.distributed.run` of `ranks` processes; reads stdout and stderr together."""
     agent = ["--nnodes=1", f"--nproc-per-node={ranks}", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
     return subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", *agent, *arguments], cwd=ROOT, text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        env={**os.environ, **ENVIRONMENT}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
 
 
 def start(
-    ranks: int, clips: Path, out: Path, *, kind: str = "pretrain", before: str = "", restarts: int = 0, **train: Any
-) -> subprocess.Popen[str]:
+    ranks: int, clips: Path, out: Path, *, kind: str = "pretrain", before: str = "", restarts: int = 0,
+    data: dict[str, Any] | None = None, model: dict[str, Any] | None = None, **train: Any,
+) -> subprocess.Popen[str]:  # fmt: skip
     """`torchrun` of `ranks` workers."""
-    script = out.parent / f"worker-{os.getpid()}.py"
-    script.parent.mkdir(parents=True, exist_ok=True)
-    script.write_text(WORKER)
-    options = json.dumps({"kind": kind, "train": train, "before": before, "leave": True})
-    return torchrun(ranks, f"--max-restarts={restarts}", str(script), str(clips), str(out), options)
+    options = json.dumps(_options(kind, before, data, model, train))
+    return torchrun(ranks, f"--max-restarts={restarts}", "--module", "tests.drills.worker", str(clips), str(out), options)
 
 
 def run(ranks: int, clips: Path, out: Path, **options: Any) -> tuple[int, str]:
@@ -71,3 +63,67 @@ def run(ranks: int, clips: Path, out: Path, **options: Any) -> tuple[int, str]:
     process = start(ranks, clips, out, **options)
     output = process.communicate(timeout=300)[0]
     return process.returncode, output
+
+
+def without_privileges() -> list[str]:
+    """Command prefix for a process that file permissions bind: root's do not bind root."""
+    return [] if os.geteuid() else ["unshare", "--user"]
+
+
+def mounting(path: Path, size: str) -> list[str]:
+    """Command prefix for a process that has an empty file system of `size` of its own at `path`."""
+    mount = 'mount -t tmpfs -o "size=$0" none "$1" && shift && exec "$@"'
+    return ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", mount, size, str(path)]
+
+
+def allowed(prefix: list[str]) -> bool:
+    """Whether this machine lets us run a command behind `prefix`."""
+    if not prefix:
+        return True
+    return shutil.which(prefix[0]) is not None and not subprocess.run([*prefix, "true"], capture_output=True).returncode
+
+
+def needs(prefix: list[str]) -> pytest.MarkDecorator:
+    """Skips a drill on machines that do not allow what `prefix` does."""
+    return pytest.mark.skipif(not allowed(prefix), reason=f"not allowed here: {' '.join(prefix[:3])}")
+
+
+class Forks:
+    """Ranks forked by a server, a context manager: a run costs its own seconds, not those of importing torch.
+
+    prefix: command in front of the server's, see `mounting` and `without_privileges`.
+    """
+
+    def __init__(self, prefix: Sequence[str] = ()) -> None:
+        self._prefix = prefix
+
+    @property
+    def root(self) -> Path:
+        """The file system as the ranks see it."""
+        return Path(f"/proc/{self._server.pid}/root")
+
+    def __enter__(self) -> Forks:
+        self._numbers = itertools.count()
+        self._server = subprocess.Popen(
+            [*self._prefix, sys.executable, "-m", "tests.drills.worker"], cwd=ROOT, text=True,
+            env={**os.environ, **ENVIRONMENT}, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        )  # fmt: skip
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._server.communicate()
+
+    def run(
+        self, clips: Path, out: Path, *, ranks: int = 1, kind: str = "pretrain", before: str = "",
+        data: dict[str, Any] | None = None, model: dict[str, Any] | None = None, **train: Any,
+    ) -> tuple[list[int], str]:  # fmt: skip
+        """Exit statuses of the ranks (negative: the signal that ended it) and what they printed."""
+        out.parent.mkdir(parents=True, exist_ok=True)
+        log, store = (out.parent / f"{out.name}-{next(self._numbers)}.{kind}" for kind in ("log", "store"))
+        request = {"ranks": ranks, "clips": str(clips), "out": str(out), "log": str(log), "store": str(store)}
+        assert self._server.stdin is not None
+        assert self._server.stdout is not None
+        self._server.stdin.write(json.dumps({**request, **_options(kind, before, data, model, train)}) + "\n")
+        self._server.stdin.flush()
+        codes = json.loads(self._server.stdout.readline())
+        return codes, log.read_text()

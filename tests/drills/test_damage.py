@@ -6,114 +6,69 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
-from tests import tiny_runs as tiny
-from vmae2_fast.train import checkpoint, train
+from tests.drills.judge import FULL, done, same_bits
+from vmae2_fast.train import checkpoint
 
-ROOT = Path(__file__).parents[2]
-FULL = os.environ.get("VMAE2_DRILLS") == "full"
-KILLS, FLIPS = (100, 50) if FULL else (10, 10)
+KILLS, FLIPS = (25, 50) if FULL else (10, 10)
+SEEDS = range(4) if FULL else range(1)
 
-# A server that forks: the imports are paid once, each child is a process of its own that trains and may kill itself.
-# It reads "EVENT CLIPS OUT" lines and answers with the exit status; EVENT 0 kills nobody and answers the events counted.
-SERVER = """
-import os, signal, sys
-from pathlib import Path
-import torch
-from tests import tiny_runs as tiny
-from vmae2_fast.train import checkpoint, train
-from vmae2_fast.train.optim import Optimizer
+# Events are steps, opened, synced, written and renamed files. At number `last` the process kills itself; 0 kills nobody.
+COUNTED = """
+seen = 0
 
-torch.set_num_threads(1)
+def counted(function):
+    def run_it(*args, **keywords):
+        global seen
+        result = function(*args, **keywords)
+        seen += 1
+        if seen == last:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+    return run_it
 
-def child(last, clips, out):
-    seen = 0
+Optimizer.step = counted(Optimizer.step)
+os.replace, os.fsync, os.open = counted(os.replace), counted(os.fsync), counted(os.open)
+checkpoint.save_file, Path.write_text = counted(checkpoint.save_file), counted(Path.write_text)
 
-    def counted(function):
-        def run(*args, **keywords):
-            nonlocal seen
-            result = function(*args, **keywords)
-            seen += 1
-            if seen == last:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return result
-        return run
-
-    Optimizer.step = counted(Optimizer.step)
-    os.replace, os.fsync, os.open = counted(os.replace), counted(os.fsync), counted(os.open)
-    checkpoint.save_file, Path.write_text = counted(checkpoint.save_file), counted(Path.write_text)
-    train(tiny.with_train(tiny.pretrain_config(clips, out), checkpoint_every=2))
+finish = loop.Trainer.finish
+def finishing(self):
+    result = finish(self)
     (out / "events").open("w").write(str(seen))
-
-for line in sys.stdin:
-    last, clips, out = line.split()
-    pid = os.fork()
-    if not pid:
-        try:
-            child(int(last), Path(clips), Path(out))
-        except BaseException as error:
-            print(error, file=sys.stderr)
-            os._exit(1)
-        os._exit(0)
-    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+    return result
+loop.Trainer.finish = finishing
 """
 
 
-@pytest.fixture(scope="module")
-def clips(tmp_path_factory) -> Path:
-    return tiny.write_clips(tmp_path_factory.mktemp("clips"))
-
-
-def test_killed_at_any_event_it_resumes_to_the_same_bits(clips, tmp_path):
-    """Events are steps, opened, synced, written and renamed files; every kill is followed by a run that ends."""
-    server = subprocess.Popen(
-        [sys.executable, "-c", SERVER], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    assert server.stdin is not None
-    assert server.stdout is not None
+@pytest.mark.parametrize("seed", SEEDS)
+def test_killed_at_any_event_it_resumes_to_the_same_bits(clips, whole, forks, tmp_path, seed):
+    """Every kill is followed by another one in the same run, or by the end of the run."""
 
     def run(last: int, out: Path) -> int:
-        server.stdin.write(f"{last} {clips} {out}\n")
-        server.stdin.flush()
-        return int(server.stdout.readline())
+        (code,), log = forks.run(clips, out, before=f"last = {last}\n{COUNTED}", checkpoint_every=2)
+        assert code in (0, -signal.SIGKILL), log
+        return code
 
-    def weights(out: Path) -> dict[str, torch.Tensor]:
-        return load_file(out / "tiny_pretrain" / "weights.safetensors")
-
-    try:
-        (tmp_path / "whole").mkdir()
-        assert run(0, tmp_path / "whole") == 0
-        whole, events = weights(tmp_path / "whole"), int((tmp_path / "whole" / "events").read_text())
-        rng, kills = random.Random(0), 0
-        while kills < KILLS:
-            out = tmp_path / f"run{kills}"
-            out.mkdir()
-            last = rng.randint(1, events)  # of a whole run, then of what is left: several kills in one run
-            while (code := run(last, out)) == -signal.SIGKILL:
-                kills += 1
-                last = 0 if kills >= KILLS else rng.randint(1, events)
-            assert code == 0, f"after kill {kills}"
-            ended = weights(out)
-            assert all(torch.equal(ended[n], whole[n]) for n in whole), f"after kill {kills}"
-            shutil.rmtree(out)
-        print(f"{kills} kills survived out of {kills}; {events} events in a whole run")
-    finally:
-        server.stdin.close()
-        server.wait()
+    assert run(0, tmp_path / "counting") == 0
+    events = int((tmp_path / "counting" / "events").read_text())
+    rng, kills = random.Random(seed), 0
+    while kills < KILLS:
+        out = tmp_path / f"run{kills}"
+        last = rng.randint(1, events)  # of a whole run, then of what is left: several kills in one run
+        while run(last, out):
+            kills += 1
+            last = 0 if kills >= KILLS else rng.randint(1, events)
+        assert same_bits(done(out)["weights"], whole["weights"]), f"after kill {kills}"
+        shutil.rmtree(out)
+    print(f"{kills} kills survived out of {kills}; {events} events in a whole run")
 
 
-def test_every_flipped_byte_is_detected_and_the_commit_before_is_used(clips, tmp_path, capsys):
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    directory = Path(train(tiny.pretrain_config(clips, tmp_path))["directory"]) / "checkpoints"
-    torch.set_num_threads(before)
+def test_every_flipped_byte_is_detected_and_the_commit_before_is_used(whole, tmp_path, capsys):
+    directory = tmp_path / "checkpoints"
+    shutil.copytree(Path(whole["directory"]) / "checkpoints", directory)
     older, newest = checkpoint.committed(directory)
     files = sorted(newest.iterdir())
     rng = random.Random(0)

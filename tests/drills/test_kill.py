@@ -1,33 +1,15 @@
-"""kill -9 in the middle of a step and in the middle of a save: the rerun ends with the bits of an undisturbed run."""
+"""kill -9 where it hurts most: in a step, in a save, around a commit; the rerun ends with the bits of a whole run."""
 
 from __future__ import annotations
 
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
-from tests import tiny_runs as tiny
-from vmae2_fast.train import train
+from tests.drills.judge import done, same_run
 
-ROOT = Path(__file__).parents[2]
-
-# Runs `train` in its own process, which kills itself without any chance to clean up.
-CHILD = """
-import os, signal, sys
-from pathlib import Path
-import torch
-from tests import tiny_runs as tiny
-from vmae2_fast.train import checkpoint, train
-from vmae2_fast.train.optim import Optimizer
-
-where, clips, out = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
-torch.set_num_threads(1)
-
+# The process kills itself without any chance to clean up.
+KILL = """
 def kill():
     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -54,21 +36,7 @@ def saving(tensors, path):
         kill()
 
 Optimizer.step, os.replace, checkpoint.save_file = stepping, replacing, saving
-train(tiny.pretrain_config(clips, out))
 """
-
-
-@pytest.fixture(scope="module")
-def clips(tmp_path_factory) -> Path:
-    return tiny.write_clips(tmp_path_factory.mktemp("clips"))
-
-
-@pytest.fixture(scope="module")
-def whole(clips, tmp_path_factory):
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield train(tiny.pretrain_config(clips, tmp_path_factory.mktemp("whole")))
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize(
@@ -77,17 +45,13 @@ def whole(clips, tmp_path_factory):
     [("step", (4, 8)), ("half a save", (4,)), ("before commit", (4,)), ("after commit", (8,))],
     ids=lambda v: v.replace(" ", "_") if isinstance(v, str) else "",
 )
-def test_killed_and_run_again_ends_with_the_same_bits(clips, whole, tmp_path, where, left):
-    child = subprocess.run([sys.executable, "-c", CHILD, where, str(clips), str(tmp_path)], cwd=ROOT, timeout=120)
-    assert child.returncode == -signal.SIGKILL
+def test_killed_and_run_again_ends_with_the_same_bits(clips, whole, forks, tmp_path, where, left):
+    codes, log = forks.run(clips, tmp_path, before=f"where = {where!r}\n{KILL}")
+    assert codes == [-signal.SIGKILL], log
     run = tmp_path / "tiny_pretrain"
     assert not (run / "done.json").exists()
     assert max(run.glob("checkpoints/step-*")).name in [f"step-{step:08d}" for step in left]
-    summary = train(tiny.pretrain_config(clips, tmp_path))
-    ours, theirs = load_file(summary["weights"]), load_file(whole["weights"])
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[n], theirs[n]) for n in ours)
-    assert tiny.metrics_without_time(run / "metrics.jsonl") == tiny.metrics_without_time(
-        Path(whole["directory"]) / "metrics.jsonl"
-    )
+    codes, log = forks.run(clips, tmp_path)
+    assert codes == [0], log
+    assert same_run(done(tmp_path), whole)
     assert not list((run / "checkpoints").glob(".tmp-*"))

@@ -58,7 +58,7 @@ def launch(arguments: list[str]) -> dict[str, Any]:
 
 
 def _spread(options: LaunchOptions, arguments: list[str]) -> None:
-    """Become `torch.distributed.run` of the same command with one process a GPU; returns where one process is enough."""
+    """Run the same command in one process a GPU and leave with its exit code; returns where one process is enough."""
     import torch
 
     from ..train.parallel import placement
@@ -76,7 +76,30 @@ def _spread(options: LaunchOptions, arguments: list[str]) -> None:
     agent += [f"--max-restarts={options.restarts}", "--module", "vmae2_fast", "launch"]
     sys.stdout.flush()
     sys.stderr.flush()
-    os.execv(sys.executable, [sys.executable, "-m", "torch.distributed.run", *agent, *arguments])
+    raise SystemExit(_torchrun([*agent, *arguments]))
+
+
+def _torchrun(arguments: list[str]) -> int:
+    """torch.distributed.run in this process; returns the exit code of the rank that failed first, 128 + n after signal n."""
+    from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    # By environment: not every torch knows the flags. SIGUSR1 is passed on like the others, ranks have the time of a step
+    # and a checkpoint until they are killed, and those started again meet in a store of their own (see `parallel.join`).
+    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    os.environ.setdefault("PET_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1")
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
+    try:
+        run.main(arguments)
+    except SignalException as stop:
+        return 128 + stop.sigval
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        code = failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
+        print(f"rank {rank} ended with exit code {code}; what it said is above", file=sys.stderr)
+        return code
+    return 0
 
 
 def _run(run: Any, options: LaunchOptions, arguments: list[str]) -> dict[str, Any]:

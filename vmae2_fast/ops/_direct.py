@@ -63,7 +63,7 @@ def shortcut(overload: Any, body: Callable[..., Any]) -> Callable[..., Any]:
     """
     accepted = _accepted(overload._schema)
     if accepted is None:
-        return overload  # type: ignore[no-any-return]
+        return overload
     items = {i: _ITEMS[str(a.real_type)] for i, a in enumerate(overload._schema.arguments) if str(a.real_type) in _ITEMS}
     count = len(accepted)
     known: dict[tuple[type, ...], tuple[int, ...]] = {}  # argument types seen -> places of the tensors

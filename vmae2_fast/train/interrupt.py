@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from types import FrameType
@@ -13,10 +14,12 @@ _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 class Interrupt:
     """SIGTERM, SIGUSR1 (a scheduler's warning) and SIGINT set a flag while training, so that the step ends and is saved.
 
-    A second signal ends at once."""
+    A second signal ends at once, but not under torchrun: it passes on what it gets itself, so that ranks hear of one that
+    was sent to all processes of a job twice."""
 
     def __init__(self) -> None:
         self.signal = 0
+        self.passed_on = "TORCHELASTIC_RUN_ID" in os.environ
         self.deferred = True
         self.before: dict[int, Any] = {}
 
@@ -26,9 +29,9 @@ class Interrupt:
         return self
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if not self.deferred or self.signal:
+        if not self.deferred or (self.signal and not self.passed_on):
             raise SystemExit(128 + number)
-        self.signal = number
+        self.signal = self.signal or number
 
     def __exit__(self, *exc: object) -> None:
         for number, handler in self.before.items():

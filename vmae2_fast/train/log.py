@@ -31,10 +31,17 @@ class MetricsLog:
         os.replace(temporary, self.path)
 
     def write(self, **entry: Any) -> None:
+        """Append a line. Raises ValueError where the disk refuses (full, read-only)."""
         if not self.enabled:
             return
-        with self.path.open("a") as file:
-            file.write(json.dumps(entry) + "\n")
+        try:
+            with self.path.open("a") as file:
+                file.write(json.dumps(entry) + "\n")
+        except OSError as error:
+            raise ValueError(
+                f"cannot write {self.path}: {error.strerror or error}; make room and run the same command again, it goes on "
+                "from the last checkpoint"
+            ) from error
 
 
 def _parse(line: str) -> dict[str, Any] | None:

@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import os
 import re
+import sys
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypeVar
@@ -151,9 +152,18 @@ def join(device: torch.device | str | None = None) -> tuple[World, torch.device]
         kind = torch.device("cuda", world.local_rank)
         torch.cuda.set_device(kind)
     if not dist.is_initialized():
+        _warn_of_restarts(world)
         backend = "cpu:gloo,cuda:nccl" if kind.type == "cuda" else "gloo"
         dist.init_process_group(backend, rank=world.rank, world_size=world.size)
     return world, kind
+
+
+def _warn_of_restarts(world: World) -> None:
+    """torch 2.13's torchrun keeps one store over all restarts: ranks find addresses of processes that are gone."""
+    shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if world.first and shared and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
+        way_out = "export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun"
+        print(f"WARNING: ranks that torchrun starts again may wait for ever; {way_out}", file=sys.stderr)
 
 
 def leave() -> None:
