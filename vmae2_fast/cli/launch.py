@@ -80,7 +80,7 @@ def _spread(options: LaunchOptions, arguments: list[str]) -> None:
 
 
 def _run(run: Any, options: LaunchOptions, arguments: list[str]) -> dict[str, Any]:
-    from ..report import missing
+    from ..pages import missing
     from ..train.loop import split_batch
     from ..train.parallel import leave, placement
     from ..train.progression import check_stage, describe, selected, smoke
@@ -134,7 +134,8 @@ def _check(run: Any, options: LaunchOptions, stages: list[Any]) -> dict[str, Any
 
 
 def _train(run: Any, options: LaunchOptions, stages: list[Any]) -> dict[str, Any]:
-    from ..report import missing, summarise, write_report, write_summary
+    from ..pages import missing
+    from ..report import summarise, write_report, write_summary
     from ..train.loop import train
     from ..train.parallel import placement
     from ..train.progression import run_progression
