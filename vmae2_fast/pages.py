@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import base64
-import importlib.util
 import os
 from pathlib import Path
 from typing import Any
 
+from .train.pictures import missing
+
+__all__ = ["embedded", "missing", "write_page"]
+
 _KINDS = {".png": "image/png", ".gif": "image/gif"}
-
-
-def missing() -> list[str]:
-    """Packages that pictures and report need and that are not installed."""
-    return [name for name in ("matplotlib", "jinja2", "PIL") if importlib.util.find_spec(name) is None]
 
 
 def embedded(picture: Path) -> str:

@@ -115,7 +115,7 @@ def _reconstructions(stage: PretrainConfig, out: Path, judged: str) -> dict[str,
     from .data.evaluation_loader import EvaluationLoader
     from .models import build_model
     from .models.weights import load_weights
-    from .reconstruct import reconstruct, save_gif, save_png, sheet
+    from .tasks.reconstruct import reconstruct, save_gif, save_png, sheet
 
     if stage.validation is None:
         return {}

@@ -21,6 +21,7 @@ from .pictures import confusion_picture
 from .train.checkpoint import committed
 from .train.curves import Curves, draw_curves
 from .train.log import read_metrics
+from .train.pictures import reconstructions
 from .train.progression import PLAN
 from .train.run_directory import flatten
 
@@ -288,7 +289,7 @@ def _curves(runs: Sequence[Run], names: Sequence[str]) -> str | None:
 
 def _pictures(run: Run) -> list[tuple[str, str]]:
     """(title, address) of reconstructions over time, first and last among them, and the confusion matrix."""
-    found = sorted((run.path / "pictures").glob("reconstruction-*.png"))
+    found = reconstructions(run.path)
     count = min(_RECONSTRUCTIONS, len(found))
     chosen = [found[round(i * (len(found) - 1) / max(count - 1, 1))] for i in range(count)]
     shown = [(f"Reconstruction after step {int(path.stem.split('-')[1])}", embedded(path)) for path in chosen]

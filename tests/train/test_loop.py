@@ -143,7 +143,7 @@ def test_resume_is_bitwise(clips, tmp_path, monkeypatch, kind):
     assert ours == theirs
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT])
 def test_a_signal_saves_and_exits(clips, tmp_path, monkeypatch, number):
     whole = train(tiny.pretrain_config(clips, tmp_path / "whole"))
     config = tiny.pretrain_config(clips, tmp_path / "parts")

@@ -87,8 +87,8 @@ def reconstruct(
     import torch
 
     from ..inference import load_model, read_views
-    from ..reconstruct import reconstruct as run
-    from ..reconstruct import save_gif, save_png, sheet
+    from ..tasks.reconstruct import reconstruct as run
+    from ..tasks.reconstruct import save_gif, save_png, sheet
 
     loaded = load_model(weights, model, kind="pretrain").model
     frames, size = loaded.config.frames, loaded.config.size

@@ -33,6 +33,8 @@ class LaunchOptions:
     """Print the plan and stop."""
     check: bool = False
     """Read the lists, train three steps of every stage, write and read their checkpoint, and stop."""
+    profile: bool = False
+    """Record three steps of every stage: a trace in RUN/profile and a table of the ops that take most time. The run goes on."""
     gpus: int | None = None
     """Processes on this machine, one on each GPU (without GPUs: on the CPU); default all visible GPUs. Under torchrun or
     srun the processes that are there join."""
@@ -142,8 +144,11 @@ def _train(run: Any, options: LaunchOptions, stages: list[Any]) -> dict[str, Any
 
     first = placement().first
     if not isinstance(run, Progression):
-        return train(run, init=options.weights, resume=not options.restart)
-    results = run_progression(run, start=options.start, until=options.until, init=options.weights, resume=not options.restart)
+        return train(run, init=options.weights, resume=not options.restart, profile=options.profile)
+    results = run_progression(
+        run, start=options.start, until=options.until, init=options.weights, resume=not options.restart,
+        profile=options.profile,
+    )  # fmt: skip
     if not first:
         return {}
     if len(stages) < len(run.stages):

@@ -265,11 +265,18 @@ class TrainConfig:
     """Seconds without a finished step after which every rank writes the stacks of its threads; 0: never."""
     validate_every: int = 0
     """Epochs between two validations; 0: only at the end."""
+    picture_every: int | None = None
+    """Steps between two sets of pictures in RUN/pictures; None: with every checkpoint, 0: none. Needs the extra `report`."""
+    tensorboard: bool = False
+    """Write the numbers of metrics.jsonl to RUN/tensorboard as well; needs the package tensorboard."""
+    spike_factor: float = 2.0
+    """A step whose loss is above this times the median of the last 100 is written to RUN/spikes.jsonl with the clips it saw;
+    0: only steps whose loss is not finite."""
 
     def __post_init__(self) -> None:
         names = ("epochs", "global_batch", "micro_batch", "threads", "checkpoint_every", "keep_checkpoints", "log_every")
         at_least(self, "train", 1, *names, "max_skipped")
-        at_least(self, "train", 0, "validate_every", "keep_every", "stuck_after")
+        at_least(self, "train", 0, "validate_every", "keep_every", "stuck_after", "picture_every", "spike_factor")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,10 +24,6 @@ class Curves(NamedTuple):
     """Lines of kind "train", in order."""
     validation: list[dict[str, Any]]
     clips_per_step: int
-
-
-def installed() -> bool:
-    return importlib.util.find_spec("matplotlib") is not None
 
 
 def panels(runs: Sequence[Curves]) -> dict[str, list[Points]]:

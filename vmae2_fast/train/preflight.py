@@ -17,8 +17,9 @@ import torch
 
 from ..config import DistillConfig, RunConfig, Stage
 from .budget import rank_bytes
+from .interrupt import Interrupt
 from .log import read_metrics
-from .loop import Interrupt, Trainer
+from .loop import Trainer
 from .parallel import join
 from .run_directory import RunDirectory
 
@@ -46,7 +47,8 @@ def preflight(config: RunConfig, *, device: torch.device | str | None = None) ->
     """
     world, device = join(device)
     place = Path(world.on_first(lambda: _directory(config)))
-    config = dataclasses.replace(config, out=str(place), train=dataclasses.replace(config.train, log_every=1))
+    train = dataclasses.replace(config.train, log_every=1, picture_every=0, tensorboard=False)
+    config = dataclasses.replace(config, out=str(place), train=train)
     try:
         run = world.on_first(lambda: RunDirectory.open(config, resume=False))
         if device.type == "cuda":

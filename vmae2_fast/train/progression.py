@@ -85,10 +85,12 @@ def run_progression(
     until: str | None = None,
     init: str | None = None,
     resume: bool = True,
+    profile: bool = False,
 ) -> dict[str, dict[str, Any]]:
     """Run the stages from `start` to `until` and return stage name -> summary (`train`), data under `"data"`.
 
-    `init` replaces the first stage's own starting weights; `resume=False` runs these stages from their start.
+    `init` replaces the first stage's own starting weights; `resume=False` runs these stages from their start; `profile`
+    writes a trace of each.
     Raises ValueError if a stage wants weights that neither exist nor come from a stage that runs.
     """
     out = Path(progression.out)
@@ -108,7 +110,7 @@ def run_progression(
     for number, stage in enumerate(stages):
         if world.first:
             print(f"[{number + 1}/{len(stages)}] {stage.name}: {stage.cites or type(stage).__name__}", flush=True)
-        results[stage.name] = train(stage, init=init if number == 0 else None, resume=resume)
+        results[stage.name] = train(stage, init=init if number == 0 else None, resume=resume, profile=profile)
     return results
 
 

@@ -27,7 +27,7 @@ _LOADING = ("workers", "prefetch", "cache_mb", "timeout_s", "datasets")
 FREE = {
     "out", "cites", "views.batch", "teacher_cache",
     *(f"train.{key}" for key in ("micro_batch", "parallel", "threads", "checkpoint_every", "keep_checkpoints", "log_every")),
-    *(f"train.{key}" for key in ("keep_every", "max_skipped", "stuck_after")),
+    *(f"train.{key}" for key in ("keep_every", "max_skipped", "stuck_after", "picture_every", "spike_factor", "tensorboard")),
     *(f"{data}.{key}" for data in ("data", "validation") for key in _LOADING),
 }  # fmt: skip
 
