@@ -10,7 +10,7 @@ from tests.tiny_runs import PRETRAIN_MODEL
 from vmae2_fast.models import build_model
 from vmae2_fast.ops import dual_mask, gather_patches
 from vmae2_fast.ops.reconstruction import patch_statistics
-from vmae2_fast.reconstruct import paint, reconstruct, sheet
+from vmae2_fast.tasks.reconstruct import paint, reconstruct, sheet
 
 
 def clip() -> torch.Tensor:

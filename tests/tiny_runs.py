@@ -108,12 +108,12 @@ def data(root: Path, **changes: Any) -> DataConfig:
 
 
 def pretrain_config(clips: Path, out: Path, **changes: Any) -> PretrainConfig:
-    """Twelve steps of four clips; a checkpoint every four."""
+    """Twelve steps of four clips; a checkpoint every four, no pictures."""
     config = PretrainConfig(
         name="tiny_pretrain", model=PRETRAIN_MODEL, data=data(clips), out=str(out),
         mask=MaskConfig(encoder_ratio=0.75),
         optim=OptimConfig(lr=3e-3, lr_batch=0, min_lr=1e-4, warmup_epochs=1, clip_grad=1.0),
-        train=TrainConfig(epochs=6, global_batch=4, checkpoint_every=4, log_every=2),
+        train=TrainConfig(epochs=6, global_batch=4, checkpoint_every=4, log_every=2, picture_every=0),
     )  # fmt: skip
     return dataclasses.replace(config, **changes)
 
@@ -123,7 +123,7 @@ def classify_config(clips: Path, out: Path, **changes: Any) -> ClassifyConfig:
         name="tiny_classify", model=CLASSIFY_MODEL, out=str(out), data=data(clips, sampling="dense"),
         validation=data(clips, sampling="dense", crop="center"), views=ViewsConfig(segments=2, crops=1, batch=4),
         optim=OptimConfig(lr=3e-3, lr_batch=0, min_lr=1e-4, betas=(0.9, 0.999), layer_decay=0.9),
-        train=TrainConfig(epochs=6, global_batch=4, checkpoint_every=4, log_every=2),
+        train=TrainConfig(epochs=6, global_batch=4, checkpoint_every=4, log_every=2, picture_every=0),
     )  # fmt: skip
     return dataclasses.replace(config, **changes)
 
@@ -134,7 +134,7 @@ def distill_config(clips: Path, out: Path, teacher_weights: str | None, **change
         teacher=dataclasses.replace(CLASSIFY_MODEL, drop_path=0.0, head_dropout=0.0), teacher_weights=teacher_weights,
         data=data(clips, sampling="dense"), validation=data(clips, sampling="dense", crop="center"),
         views=ViewsConfig(segments=1, crops=1, batch=4), optim=OptimConfig(lr=3e-3, lr_batch=0, min_lr=1e-4),
-        train=TrainConfig(epochs=6, global_batch=4, checkpoint_every=4, log_every=2),
+        train=TrainConfig(epochs=6, global_batch=4, checkpoint_every=4, log_every=2, picture_every=0),
     )  # fmt: skip
     return dataclasses.replace(config, **changes)
 
@@ -181,4 +181,5 @@ def with_train(config: Any, **changes: Any) -> Any:
 def metrics_without_time(path: Path) -> list[dict[str, Any]]:
     """Lines of metrics.jsonl without what depends on the clock."""
     lines = [json.loads(line) for line in path.read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("seconds", "clips_per_s", "wait_s", "decode_s")} for line in lines]
+    timed = ("seconds", "clips_per_s", "wait_s", "decode_s", "rank_s")
+    return [{k: v for k, v in line.items() if k not in timed} for line in lines]

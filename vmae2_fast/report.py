@@ -5,15 +5,14 @@ Everything is drawn from the run directories, so `vmae2 report OUT` makes it aga
 
 from __future__ import annotations
 
-import base64
 import dataclasses
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
 
 from . import backend
 from .config import ClassifyConfig, DistillConfig, PretrainConfig, Progression, Stage
+from .pages import embedded, missing, write_page
 from .pictures import confusion_picture, pyplot
 from .train.progression import resolved
 
@@ -24,7 +23,7 @@ _ROWS = "(rows: original, what the encoder saw, what the decoder predicted, and 
 def write_report(progression: Progression, results: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Evaluate what only the whole progression can tell, write summary, pictures and report; returns the summary.
 
-    Without the extra `report` (matplotlib, Jinja2, Pillow) only `summary.json` is written; `missing()` says so beforehand.
+    Without the extra `report` (matplotlib, Jinja2, Pillow) only `summary.json` is written, see `pages.missing`.
     """
     out = Path(progression.out)
     summary = summarise(progression, results)
@@ -39,11 +38,6 @@ def write_report(progression: Progression, results: dict[str, dict[str, Any]]) -
         pictures[f"Confusion on {_judged(summary)} (rows: true class)"] = _confusion(summary["finetune"], out)
     _html(summary, pictures, out)
     return summary
-
-
-def missing() -> list[str]:
-    """Packages that pictures and report need and that are not installed."""
-    return [name for name in ("matplotlib", "jinja2", "PIL") if importlib.util.find_spec(name) is None]
 
 
 def summarise(progression: Progression, results: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -121,7 +115,7 @@ def _reconstructions(stage: PretrainConfig, out: Path, judged: str) -> dict[str,
     from .data.evaluation_loader import EvaluationLoader
     from .models import build_model
     from .models.weights import load_weights
-    from .reconstruct import reconstruct, save_gif, save_png, sheet
+    from .tasks.reconstruct import reconstruct, save_gif, save_png, sheet
 
     if stage.validation is None:
         return {}
@@ -149,22 +143,12 @@ def _confusion(metrics: dict[str, Any], out: Path) -> Path:
 
 
 def _html(summary: dict[str, Any], pictures: dict[str, Path], out: Path) -> None:
-    from jinja2 import Environment
-
-    kinds = {".png": "image/png", ".gif": "image/gif"}
-    embedded = [
-        (title, f"data:{kinds[path.suffix]};base64,{base64.b64encode(path.read_bytes()).decode()}")
-        for title, path in pictures.items()
-    ]
-    page = Environment(autoescape=True).from_string(Path(__file__).with_name("report.html.j2").read_text())
-    problems = [*summary["data"].get("skipped", {}).items(), *summary["replaced_clips"].items()]
-    text = page.render(
-        summary=summary, pictures=embedded, findings=findings(summary), problems=problems, num=_number, pct=_percent,
+    write_page(
+        out / "report.html", "report.html.j2", summary=summary, findings=findings(summary), num=_number, pct=_percent,
+        pictures=[(title, embedded(path)) for title, path in pictures.items()],
+        problems=[*summary["data"].get("skipped", {}).items(), *summary["replaced_clips"].items()],
         stages=[(k, v) for k, v in summary.items() if isinstance(v, dict) and "first_loss" in v],
     )  # fmt: skip
-    temporary = out / ".report.html.partial"
-    temporary.write_text(text)
-    temporary.replace(out / "report.html")
 
 
 def _judged(summary: dict[str, Any]) -> str:

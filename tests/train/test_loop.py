@@ -163,7 +163,7 @@ def test_float16_finds_its_loss_scale_and_goes_on_bitwise(clips, tmp_path, monke
     assert again["skipped_steps"] == skipped
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT])
 def test_a_signal_saves_and_exits(clips, tmp_path, monkeypatch, number):
     whole = train(tiny.pretrain_config(clips, tmp_path / "whole"))
     config = tiny.pretrain_config(clips, tmp_path / "parts")

@@ -87,8 +87,8 @@ def reconstruct(
     import torch
 
     from ..inference import load_model, read_views
-    from ..reconstruct import reconstruct as run
-    from ..reconstruct import save_gif, save_png, sheet
+    from ..tasks.reconstruct import reconstruct as run
+    from ..tasks.reconstruct import save_gif, save_png, sheet
 
     loaded = load_model(weights, model, kind="pretrain").model
     frames, size = loaded.config.frames, loaded.config.size
@@ -129,25 +129,42 @@ def convert(source: tyro.conf.Positional[str], target: tyro.conf.Positional[str]
     return written
 
 
-def report(out: tyro.conf.Positional[str] = "runs/demo") -> dict[str, Any]:
-    """Write summary, pictures and report of a finished progression again.
+def report(runs: tyro.conf.Positional[tuple[str, ...]] = ("runs/demo",), *, out: str | None = None) -> dict[str, Any]:
+    """Write one HTML page about a run, about two runs side by side, or about a progression.
 
-    Example: vmae2 report runs/demo
+    Works while a run goes on and after it was killed. Of a progression that has finished it writes summary, pictures and
+    report again; of one that has not, the page of every stage that has begun.
+
+    Example: vmae2 report runs/vit_base_hybrid
+    Example: vmae2 report runs/lr3e-4 runs/lr6e-4 --out lr.html
 
     Args:
-        out: the folder of the progression.
+        runs: a run directory or two, or the folder of a progression.
+        out: the page; default report.html in the run, compared-with-NAME.html in the first of two.
     """
-    from ..report import missing, write_report
+    from .. import run_report
+    from ..pages import missing
+    from ..report import write_report
     from ..train.progression import PLAN, finished
 
-    plan = Path(out) / PLAN
-    if not plan.is_file():
-        raise ValueError(f"{plan}: no progression was launched into this folder")
-    run = dataclasses.replace(load(plan), out=out)
+    if not 1 <= len(runs) <= 2:
+        raise ValueError(f"name one or two run directories, not {len(runs)}")
+    plan = Path(runs[0]) / PLAN
+    if len(runs) == 2 or not plan.is_file():
+        result = run_report.write_run_report(runs, out)
+        print(f"wrote {result['report']}")
+        return result
+    if out is not None:
+        raise ValueError(f"--out is for the page of runs; {runs[0]} is a progression, whose report lies in its folder")
+    run = dataclasses.replace(load(plan), out=runs[0])
+    if not all((Path(runs[0]) / stage.name / "done.json").exists() for stage in run.stages):
+        result = run_report.write_stage_reports(runs[0])
+        print("the progression has not finished; wrote " + ", ".join(result["reports"]))
+        return result
     summary = write_report(run, finished(run))
     if missing():
         raise ValueError(f"the report needs {', '.join(missing())}: pip install 'vmae2_fast[report]'")
-    print(f"wrote {Path(out) / 'report.html'}")
+    print(f"wrote {Path(runs[0]) / 'report.html'}")
     return summary
 
 

@@ -33,6 +33,8 @@ class LaunchOptions:
     """Print the plan and stop."""
     check: bool = False
     """Read the lists, train three steps of every stage, write and read their checkpoint, and stop."""
+    profile: bool = False
+    """Record three steps of every stage: a trace in RUN/profile and a table of the slowest ops. The run goes on."""
     gpus: int | None = None
     """Processes on this machine, one on each GPU (without GPUs: on the CPU); default all visible GPUs. Under torchrun or
     srun the processes that are there join."""
@@ -103,7 +105,7 @@ def _torchrun(arguments: list[str]) -> int:
 
 
 def _run(run: Any, options: LaunchOptions, arguments: list[str]) -> dict[str, Any]:
-    from ..report import missing
+    from ..pages import missing
     from ..train.batch import split_batch
     from ..train.parallel import leave, placement
     from ..train.progression import check_stage, describe, selected
@@ -158,15 +160,19 @@ def _check(run: Any, options: LaunchOptions, stages: list[Any]) -> dict[str, Any
 
 
 def _train(run: Any, options: LaunchOptions, stages: list[Any]) -> dict[str, Any]:
-    from ..report import missing, summarise, write_report, write_summary
+    from ..pages import missing
+    from ..report import summarise, write_report, write_summary
     from ..train.loop import train
     from ..train.parallel import placement
     from ..train.progression import run_progression
 
     first = placement().first
     if not isinstance(run, Progression):
-        return train(run, init=options.weights, resume=not options.restart)
-    results = run_progression(run, start=options.start, until=options.until, init=options.weights, resume=not options.restart)
+        return train(run, init=options.weights, resume=not options.restart, profile=options.profile)
+    results = run_progression(
+        run, start=options.start, until=options.until, init=options.weights, resume=not options.restart,
+        profile=options.profile,
+    )  # fmt: skip
     if not first:
         return {}
     if len(stages) < len(run.stages):

@@ -278,11 +278,19 @@ class TrainConfig:
     """Seconds without a finished step after which every rank writes the stacks of its threads; 0: never."""
     validate_every: int = 0
     """Epochs between two validations; 0: only at the end."""
+    picture_every: int | None = None
+    """Steps between two sets of pictures in RUN/pictures; None: with every checkpoint, 0: none. Needs the extra `report`."""
+    tensorboard: bool = False
+    """Write the numbers of metrics.jsonl to RUN/tensorboard as well; needs the package tensorboard."""
+    spike_factor: float = 2.0
+    """A step whose loss is above this times the median of the last 100 is written to RUN/spikes.jsonl with the clips it saw;
+    0: only steps whose loss is not finite."""
 
     def __post_init__(self) -> None:
         names = ("epochs", "global_batch", "shard_within", "threads", "checkpoint_every", "keep_checkpoints", "log_every")
         at_least(self, "train", 1, *names, "max_skipped")
-        at_least(self, "train", 0, "micro_batch", "validate_every", "keep_every", "stuck_after")
+        whole = ("micro_batch", "validate_every", "keep_every", "stuck_after", "picture_every", "spike_factor")
+        at_least(self, "train", 0, *whole)
 
 
 @dataclass(frozen=True, kw_only=True)

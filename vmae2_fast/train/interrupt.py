@@ -8,11 +8,11 @@ import threading
 from types import FrameType
 from typing import Any
 
-_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 
 
 class Interrupt:
-    """SIGTERM, SIGUSR1 (a scheduler's warning) and SIGINT set a flag while training, so that the step ends and is saved.
+    """SIGTERM, SIGINT, SIGUSR1 and SIGUSR2 (a scheduler's warnings) set a flag, so that a step ends and is saved first.
 
     A second signal ends at once, but not under torchrun: it passes on what it gets itself, so that ranks hear of one that
     was sent to all processes of a job twice."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import sys
@@ -12,10 +13,13 @@ from tqdm import tqdm
 
 
 class MetricsLog:
-    """Append-only `metrics.jsonl`: one JSON object a line, each with at least `step`. Only rank 0's is `enabled`."""
+    """Append-only `metrics.jsonl`: one JSON object a line, each with at least `step`. Only rank 0's is `enabled`.
 
-    def __init__(self, path: Path, *, enabled: bool = True) -> None:
-        self.path, self.enabled = path, enabled
+    board: gets the numbers of every line as well.
+    """
+
+    def __init__(self, path: Path, *, enabled: bool = True, board: Board | None = None) -> None:
+        self.path, self.enabled, self.board = path, enabled, board
 
     def cut(self, step: int, *, again: str | None = None) -> None:
         """Drop lines after `step`, and a last line that was cut off by a kill: those steps will be done again.
@@ -42,6 +46,32 @@ class MetricsLog:
                 f"cannot write {self.path}: {error.strerror or error}; make room and run the same command again, it goes on "
                 "from the last checkpoint"
             ) from error
+        if self.board is not None:
+            self.board.write(entry)
+
+
+class Board:
+    """The lines of a metrics file as TensorBoard scalars `KIND/NAME`. What an earlier sitting wrote after `step` is hidden."""
+
+    def __init__(self, folder: Path, step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(str(folder), purge_step=step + 1)
+
+    @staticmethod
+    def check() -> None:
+        """Raises ValueError where the package tensorboard is not installed."""
+        if importlib.util.find_spec("tensorboard") is None:
+            raise ValueError(
+                "train.tensorboard: the package tensorboard is not installed; pip install 'vmae2_fast[report]', or set "
+                "train.tensorboard=False"
+            )
+
+    def write(self, entry: dict[str, Any]) -> None:
+        for name, value in entry.items():
+            if name != "step" and isinstance(value, int | float):
+                self.writer.add_scalar(f"{entry.get('kind')}/{name}", value, entry["step"])
+        self.writer.flush()  # a kill takes nothing that a line of the file has
 
 
 def _parse(line: str) -> dict[str, Any] | None:

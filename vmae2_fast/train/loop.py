@@ -26,14 +26,18 @@ from ..models.weights import save_weights
 from ..tasks import Task, create_task
 from .batch import split_batch
 from .checkpoint import load_checkpoint, newest_intact
+from .clock import ForwardClock, compared
 from .execution import Eager, Graphed, compile_model
 from .interrupt import Interrupt
-from .log import MetricsLog, progress
+from .log import Board, MetricsLog, progress
 from .memory import naming_knobs, with_micro_batch
 from .optim import LossScale, Optimizer
 from .parallel import World, distribute, join
+from .pictures import RunPictures
+from .profile import StepProfile
 from .run_directory import START_OVER, RunDirectory
 from .saver import Saver
+from .spikes import WINDOW, SpikeLog
 from .watchdog import Watchdog
 
 _SAVE_FAILED = 1 << 16  # beside the numbers of signals
@@ -43,18 +47,20 @@ NOT_FINITE = 3
 
 
 def train(
-    config: RunConfig, *, init: str | None = None, resume: bool = True, device: torch.device | str | None = None
-) -> dict[str, Any]:
+    config: RunConfig, *, init: str | None = None, resume: bool = True, device: torch.device | str | None = None,
+    profile: bool = False,
+) -> dict[str, Any]:  # fmt: skip
     """Run one stage to its end in `config.out`/`config.name` and return its summary.
 
     init: weights to start from, overrides `config.init`: a file, a finished run directory, or `hf:OWNER/NAME[@REV]`.
     resume: take up the newest intact checkpoint, or return at once if the run is finished; False starts over.
     device: default the first GPU, else the CPU. Under torchrun or srun all ranks call this together, each on its own GPU.
+    profile: write a trace of a few of its steps, see `train.profile`.
 
     Summary: name, kind, device, precision, steps, epochs, clips, seconds (of training, over all sittings), clips_per_s,
     first_loss, last_loss (mean over the last `log_every` steps), skipped_steps, replaced ({path: times} of clips that
     could not be decoded), validation (metrics, or None), classes (names, or None), weights, directory.
-    Raises ValueError for bad input, SystemExit 143 / 138 / 130 after SIGTERM / SIGUSR1 / SIGINT on any rank with a
+    Raises ValueError for bad input, SystemExit 128 + number after SIGTERM, SIGUSR1, SIGUSR2 or SIGINT on any rank with a
     checkpoint saved, SystemExit 3 when no step is finite any more.
     """
     if init is not None:
@@ -72,7 +78,7 @@ def train(
             if world.first:
                 run.abandon()
             raise
-        trainer.fit(interrupt)
+        trainer.fit(interrupt, profile=profile)
         return trainer.finish()
 
 
@@ -88,7 +94,7 @@ class Progress:
     seconds: float = 0.0
     first_loss: float | None = None
     recent: list[float] = dataclasses.field(default_factory=list)
-    """The last `log_every` finite losses."""
+    """The last finite losses: as many as the log's mean and the spike log's median look at."""
     skipped: int = 0
     skipped_in_a_row: int = 0
     replaced: dict[str, int] = dataclasses.field(default_factory=dict)
@@ -102,6 +108,8 @@ class Trainer:
     def __init__(self, config: RunConfig, run: RunDirectory, device: torch.device, world: World) -> None:
         config = with_micro_batch(config, run.plan, device, world)
         self.config, self.run, self.world = config, run, world
+        if config.train.tensorboard:
+            Board.check()
         torch.manual_seed(config.seed)
         train = config.train
         split = world.size > 1 and train.parallel != "ddp"
@@ -118,6 +126,8 @@ class Trainer:
             torch.manual_seed(config.seed + world.rank * 2**32)  # the model is the same on all ranks, drop path is not
         if self.task.shares_evaluation and train.parallel == "ddp":  # a sharded model's forwards need all ranks each time
             self.task.rank, self.task.world, self.task.gather = world.rank, world.size, world.gather
+        self.clock = ForwardClock(device)
+        loss = self.clock.timed(loss) if world.size > 1 else loss
         scale = LossScale(device) if self.task.dtype == torch.float16 else None
         run_batch = Graphed if train.cuda_graph else Eager
         self.forward_backward = run_batch(self.task, loss, world, None if scale is None else scale.value)
@@ -152,8 +162,15 @@ class Trainer:
         self.saver = Saver(
             run.checkpoints, world, keep=train.keep_checkpoints, keep_every=train.keep_every, background=train.async_checkpoint
         )
-        self.log = MetricsLog(run.metrics, enabled=world.first)
-        self.log.cut(self.progress.step)
+        board = Board(run.tensorboard, self.progress.step) if train.tensorboard and world.first else None
+        self.log = MetricsLog(run.metrics, enabled=world.first, board=board)
+        self.spikes = SpikeLog(
+            run, train.spike_factor, clips=self.micro_batch // config.data.views, micro_batches=self.micro_batches,
+            rank=world.rank, ranks=world.size,
+        )  # fmt: skip
+        for log in (self.log, self.spikes.log):
+            log.cut(self.progress.step)
+        self.pictures = RunPictures(self.task, run, world)
         self.pending: list[dict[str, Tensor]] = []
         self.replaced: list[str] = []
         self.stop = 0
@@ -166,7 +183,7 @@ class Trainer:
             if self.world.first:
                 print(report, file=sys.stderr)
 
-    def fit(self, interrupt: Interrupt) -> None:
+    def fit(self, interrupt: Interrupt, profile: bool = False) -> None:
         """Train up to the last step. Raises SystemExit after saving if a signal arrived."""
         train, state = self.config.train, self.progress
         validate_every = round(train.validate_every * self.steps_per_epoch) if self.config.validation else 0
@@ -174,14 +191,17 @@ class Trainer:
         self.mark, self.data_mark = time.perf_counter(), (0.0, 0.0)
         self.loader.position = state.position
         self.loader.steps = (self.total_steps - state.step) * self.micro_batches
-        batches = iter(self.loader)
+        batches = self.spikes.watch(iter(self.loader))
         bar = progress(self.config.name, self.total_steps, state.step, shown=self.world.first)
         watch = Watchdog(train.stuck_after, self.run.path / f"stuck-rank{self.world.rank}.txt")
         out_of_memory = naming_knobs(self.config, self.task.device, self.micro_batch)
-        with self.loader, bar, watch, self.saver, out_of_memory:
+        folder, left = self.run.profile if profile else None, self.total_steps - state.step
+        profiler = StepProfile(folder, self.world, self.task.device, first=state.step, left=left)
+        with self.loader, bar, watch, self.saver, profiler, out_of_memory:
             while state.step < self.total_steps:
                 self._step(batches)
                 watch.beat(state.step)
+                profiler.step()
                 # All ranks must leave after the same step, whichever of them was told to.
                 self.stop = self.world.highest(_SAVE_FAILED if self.saver.failed else interrupt.signal)
                 if self.stop == _SAVE_FAILED:
@@ -193,10 +213,13 @@ class Trainer:
                     bar.set_postfix({k: entry[k] for k in ("loss", "lr", "clips_per_s", "wait_s", "replaced")})
                 if validate_every and state.step % validate_every == 0 and not last:
                     self._validate()
-                if state.step % train.checkpoint_every == 0 or last or self.stop:
+                save = state.step % train.checkpoint_every == 0 or last
+                if save or self.stop:
                     self._save()
                 if last or self.stop:
                     self.saver.wait()
+                if not self.stop and self.pictures.due(state.step, save):
+                    self._draw()
                 if self.stop:
                     if self.world.first:
                         again = "run the same command again to go on"
@@ -224,17 +247,22 @@ class Trainer:
         names = list(self.pending[0]) if steps else []
         rows = torch.stack([torch.stack([s[n].float() for n in names]) for s in self.pending]).tolist() if steps else []
         self.pending.clear()
-        for paths in self.world.gather(self.replaced):
+        table = [dict(zip(names, row)) for row in rows]
+        unusual = self.spikes.judge([row["loss"] for row in table], state.recent)
+        times = self._data_times()
+        seen = self.spikes.batches(unusual, state.position - steps * self.decodes)
+        replaced, batches, own = zip(*self.world.gather((self.replaced, seen, self.clock.take(times["wait_s"]))))
+        for paths in replaced:
             state.replaced = dict(Counter(state.replaced) + Counter(paths))
         self.replaced = []
-        table = [dict(zip(names, row)) for row in rows]
+        self.spikes.write(unusual, state.step - steps, table, batches)
         for row in table:
             state.skipped_in_a_row = state.skipped_in_a_row + 1 if row["skipped"] else 0
             state.skipped += bool(row["skipped"])
             if state.first_loss is None and math.isfinite(row["loss"]):
                 state.first_loss = row["loss"]
             if math.isfinite(row["loss"]):
-                state.recent = [*state.recent, row["loss"]][-train.log_every :]
+                state.recent = [*state.recent, row["loss"]][-max(train.log_every, WINDOW) :]
         if state.skipped_in_a_row >= train.max_skipped:
             if self.world.first:
                 print(
@@ -250,7 +278,7 @@ class Trainer:
             "kind": "train",
             "step": state.step,
             "epoch": round(state.step / self.steps_per_epoch, 4),
-            "loss": _mean(state.recent),
+            "loss": _mean(state.recent[-train.log_every :]),
             "lr": self.optimizer.lr_at(state.step - 1) if state.step else 0.0,
             "grad_norm": norm if norm is not None and math.isfinite(norm) else None,
             **{n: _mean([row[n] / train.global_batch for row in table]) for n in extras},
@@ -259,7 +287,8 @@ class Trainer:
             "skipped": state.skipped,
             **({} if (scale := self.optimizer.loss_scale) is None else {"loss_scale": scale.value.item()}),
             "replaced": sum(state.replaced.values()),
-            **self._data_times(),
+            **times,
+            **({"ranks": self.world.size, "rank_s": compared(own, max(steps, 1))} if self.world.size > 1 else {}),
         }
         self.log.write(**entry)
         return entry
@@ -279,6 +308,12 @@ class Trainer:
         state = dataclasses.asdict(self.progress)
         self.saver.save(state.pop("step"), self.task.model, self.optimizer, state)
         self.saved_step = self.progress.step
+
+    def _draw(self) -> None:
+        if self.pending:
+            self._flush()
+        self.pictures.draw(self.progress.step)
+        self.mark = time.perf_counter()  # nor are pictures training time
 
     def _validate(self) -> dict[str, Any]:
         if self.pending:
@@ -326,7 +361,7 @@ class Trainer:
             "seconds": round(state.seconds, 3),
             "clips_per_s": round(clips / state.seconds, 3),
             "first_loss": state.first_loss,
-            "last_loss": _mean(state.recent),
+            "last_loss": _mean(state.recent[-config.train.log_every :]),
             "skipped_steps": state.skipped,
             "replaced": state.replaced,
             "validation": validation,

@@ -65,7 +65,8 @@ def preflight(config: RunConfig, *, device: torch.device | str | None = None) ->
     """
     world, device = join(device)
     place = Path(world.on_first(lambda: _directory(config)))
-    config = dataclasses.replace(config, out=str(place), train=dataclasses.replace(config.train, log_every=1))
+    train = dataclasses.replace(config.train, log_every=1, picture_every=0, tensorboard=False)
+    config = dataclasses.replace(config, out=str(place), train=train)
     try:
         if isinstance(config, TadConfig) and config.trunk_weights == "random":
             config = _few_videos(config, place)

@@ -80,10 +80,12 @@ def run_progression(
     until: str | None = None,
     init: str | None = None,
     resume: bool = True,
+    profile: bool = False,
 ) -> dict[str, dict[str, Any]]:
     """Run the stages from `start` to `until` and return stage name -> summary (`train`), data under `"data"`.
 
-    `init` replaces what the first stage starts from (see `starting_from`); `resume=False` runs these stages from their start.
+    `init` replaces what the first stage starts from (see `starting_from`); `resume=False` runs these stages from their start;
+    `profile` writes a trace of each.
     Raises ValueError if a stage wants weights that neither exist nor come from a stage that runs.
     """
     out = Path(progression.out)
@@ -106,7 +108,7 @@ def run_progression(
     for number, stage in enumerate(stages):
         if world.first:
             print(f"[{number + 1}/{len(stages)}] {stage.name}: {stage.cites or type(stage).__name__}", flush=True)
-        results[stage.name] = train(stage, resume=resume)
+        results[stage.name] = train(stage, resume=resume, profile=profile)
     return results
 
 

@@ -4,6 +4,7 @@ config.json        the resolved config         environment.json   machine, versi
 metrics.jsonl      train and validation lines  checkpoints/       see `vmae2_fast.train.checkpoint`
 quarantine.jsonl   clips that were replaced    weights.safetensors, done.json   only once the run is finished
 plan.json          the micro-batch that was chosen, where train.micro_batch=0
+spikes.jsonl       steps with an unusual loss and the clips they saw   pictures/, tensorboard/, profile/   for people
 inputs.json        digests of the weights it starts and learns from
 best.safetensors   weights of the best validation, of tasks that keep them
 """
@@ -28,15 +29,16 @@ FREE = {
     "out", "cites", "views.batch", "teacher_cache",
     *(f"train.{key}" for key in ("micro_batch", "parallel", "shard_within", "threads", "checkpoint_every")),
     *(f"train.{key}" for key in ("keep_checkpoints", "log_every", "keep_every", "async_checkpoint")),
-    *(f"train.{key}" for key in ("max_skipped", "stuck_after")),
+    *(f"train.{key}" for key in ("max_skipped", "stuck_after", "picture_every", "spike_factor", "tensorboard")),
     *(f"{data}.{key}" for data in ("data", "validation") for key in _LOADING),
 }  # fmt: skip
 
 
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Leaves of nested objects by dotted name; a list is a leaf."""
     if isinstance(value, dict):
         items = [(f"{prefix}.{k}" if prefix else k, v) for k, v in value.items()]
-        return {name: leaf for key, v in items for name, leaf in _flat(v, key).items()}
+        return {name: leaf for key, v in items for name, leaf in flatten(v, key).items()}
     return {prefix: value}
 
 
@@ -53,7 +55,7 @@ def _placed(config: dict[str, Any]) -> dict[str, Any]:
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """Keys that differ between two configs as `to_dict` gives them, those of `FREE` left out; "key: old -> new"."""
-    a, b = _flat(_placed(old)), _flat(_placed(new))
+    a, b = flatten(_placed(old)), flatten(_placed(new))
     keys = sorted(k for k in {*a, *b} if k not in FREE and a.get(k) != b.get(k))
     return [f"{k}: {a.get(k)!r} there, {b.get(k)!r} now" for k in keys]
 
@@ -84,7 +86,8 @@ class RunDirectory:
         self.fresh = not self.path.exists()
         self.metrics, self.quarantine = self.path / "metrics.jsonl", self.path / "quarantine.jsonl"
         self.weights, self.done = self.path / "weights.safetensors", self.path / "done.json"
-        self.best = self.path / "best.safetensors"
+        self.best, self.spikes = self.path / "best.safetensors", self.path / "spikes.jsonl"
+        self.pictures, self.tensorboard, self.profile = (self.path / n for n in ("pictures", "tensorboard", "profile"))
 
     @classmethod
     def open(cls, config: RunConfig, *, resume: bool) -> RunDirectory:
@@ -138,9 +141,11 @@ class RunDirectory:
 
     def _clear(self) -> None:
         # done.json goes first: whatever a kill leaves, it does not pass for a finished run.
-        for path in (self.done, self.weights, self.best, self.metrics, self.quarantine, self.environment, self.plan):
+        files = (self.done, self.weights, self.best, self.metrics, self.quarantine, self.environment, self.plan, self.spikes)
+        for path in files:
             path.unlink(missing_ok=True)
-        shutil.rmtree(self.checkpoints, ignore_errors=True)
+        for folder in (self.checkpoints, self.pictures, self.tensorboard, self.profile):
+            shutil.rmtree(folder, ignore_errors=True)
         self.config.unlink(missing_ok=True)
 
 

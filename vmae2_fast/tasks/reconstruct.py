@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .ops.masks import DualMask, dual_mask
-from .ops.patches import gather_patches, scatter_patches
-from .ops.reconstruction import patch_statistics
+from ..ops.masks import DualMask, dual_mask
+from ..ops.patches import gather_patches, scatter_patches
+from ..ops.reconstruction import patch_statistics
 
 _GREY = 0.5
 
