@@ -111,9 +111,20 @@ def test_a_row_need_not_have_every_figure(tmp_path):
     assert (tmp_path / "t.md").read_text().splitlines()[2:4] == ["| a | 2 (1 to 3) |  |", "| b | 4 | 2 |"]
 
 
-def test_seeds_must_differ(tmp_path):
+def test_seeds_must_differ_and_a_length_be_one(tmp_path):
     with pytest.raises(ValueError, match="needs different seeds"):
         study("progressive", tmp_path, seeds=(1, 1))
+    with pytest.raises(ValueError, match=r"length=0\.0 must be above 0"):
+        study("progressive", tmp_path, length=0.0)
+    assert not list(tmp_path.iterdir())
+
+
+def test_length_multiplies_every_stage_and_leaves_at_least_one_epoch(tmp_path):
+    stages, longer = (
+        [stage for arm in arms.progressive(tmp_path, 0, arms.FULL.scaled(length)) for stage in arm.stages] for length in (1, 3)
+    )
+    assert [stage.train.epochs for stage in longer] == [3 * stage.train.epochs for stage in stages]
+    assert arms.FULL.scaled(1e-6) == arms.Epochs(pretrain=1, post_pretrain=1, finetune=1, scratch=1)
 
 
 def test_a_shaking_camera_moves_the_whole_picture():

@@ -30,25 +30,30 @@ Name = Literal["progressive", "masking", "scaling"]
 
 
 def study(
-    name: Name, out: str | Path, *, runs: str | Path | None = None, seeds: tuple[int, ...] = (0, 1, 2), short: bool = False
-) -> dict[str, Any]:
+    name: Name, out: str | Path, *, runs: str | Path | None = None, seeds: tuple[int, ...] = (0, 1, 2), length: float = 1.0,
+    short: bool = False,
+) -> dict[str, Any]:  # fmt: skip
     """Run a study and write `out`/NAME.json, NAME.md and, with matplotlib, NAME.png; returns the table.
 
     The table is written after every seed, of those that are finished. Scenes and stages lie in `runs`/seed-N (default:
     `out`); a finished stage is not run again and an interrupted one goes on from its checkpoint, so a study that was stopped
-    is simply started again. `short` shrinks everything to seconds. Raises ValueError for no seeds or the same one twice, or
-    `runs` with other scenes.
+    is simply started again. `length` multiplies the epochs of every stage; `short` shrinks everything to seconds. Raises
+    ValueError for no seeds or the same one twice, or `runs` with other scenes or stages of another length.
     """
     require(bool(seeds) and len(set(seeds)) == len(seeds), f"study: needs different seeds, got {list(seeds)}")
+    require(length > 0, f"study: length={length} must be above 0")
+    epochs = (SHORT if short else FULL).scaled(length)
     out, runs = Path(out), Path(out if runs is None else runs)
     found: dict[str, list[dict[str, float]]] = {}
+    command = f"vmae2 study {name} --seeds {' '.join(map(str, seeds))}"
+    command += (f" --length {length:g}" if length != 1 else "") + (" --short" if short else "")
     seconds = 0.0
     table: dict[str, Any] = {}
     for number, seed in enumerate(seeds):
         folder = runs / f"seed-{seed}"
         _write_scenes(folder, seed, short)
         done: dict[str, dict[str, Any]] = {}
-        for arm in STUDIES[name](folder, seed, SHORT if short else FULL):
+        for arm in STUDIES[name](folder, seed, epochs):
             for stage in arm.stages:
                 if stage.name not in done:
                     print(f"seed {seed}: {stage.name}", flush=True)
@@ -57,7 +62,7 @@ def study(
         seconds += sum(summary["seconds"] for summary in done.values())
         table = {
             "study": name,
-            "command": f"vmae2 study {name} --seeds {' '.join(map(str, seeds))}" + (" --short" if short else ""),
+            "command": command,
             "seeds": list(seeds[: number + 1]),
             "short": short,
             "training_seconds": round(seconds, 1),
