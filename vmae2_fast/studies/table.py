@@ -58,18 +58,20 @@ def _cell(values: list[float]) -> str:
 
 
 def picture(table: dict[str, Any], path: Path) -> None:
-    """Bars of the means with a dot for each seed; where rows are named `SERIES, N clips`, lines over N instead."""
+    """A dot for each seed and a line at the mean; where rows are named `SERIES, N clips`, curves over N instead."""
     plt = pyplot()
-    draw = _lines if all(row["name"].endswith(" clips") for row in table["rows"]) else _bars
+    draw = _lines if all(row["name"].endswith(" clips") for row in table["rows"]) else _dots
     keys = columns(table)
-    across = 2 if draw is _bars and len(keys) > 3 else len(keys)
+    across = min(len(keys), 3)
     down = -(-len(keys) // across)
-    height = 3.4 if draw is _lines else 0.9 + 0.42 * len(table["rows"])
-    figure, panels = plt.subplots(down, across, figsize=(1.5 + 3.4 * across, height * down), squeeze=False)
-    for panel, key in zip(panels.flat, keys):
+    height = 3.4 if draw is _lines else 0.9 + 0.35 * len(table["rows"])
+    figure, panels = plt.subplots(down, across, figsize=(1.8 + 2.8 * across, height * down), squeeze=False)
+    for number, (panel, key) in enumerate(zip(panels.flat, keys)):
         draw(panel, table["rows"], key)
         panel.set_title(key, fontsize=9)
         panel.tick_params(labelsize=8)
+        if draw is _dots and number % across:
+            panel.set_yticklabels([])
     for panel in panels.flat[len(keys) :]:
         panel.remove()
     figure.tight_layout()
@@ -77,13 +79,16 @@ def picture(table: dict[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
-def _bars(panel: Any, rows: list[dict[str, Any]], key: str) -> None:
-    names = [row["name"] for row in rows]
-    panel.barh(names, [row["mean"].get(key, 0.0) for row in rows], color="tab:blue", alpha=0.6)
+def _dots(panel: Any, rows: list[dict[str, Any]], key: str) -> None:
     for place, row in enumerate(rows):
         values = [run[key] for run in row["runs"] if key in run]
-        panel.plot(values, [place] * len(values), "k.", markersize=5)
-    panel.invert_yaxis()
+        panel.plot(values, [place] * len(values), "o", color="tab:blue", alpha=0.6, markersize=5)
+        if key in row["mean"]:
+            panel.plot(row["mean"][key], place, "k|", markersize=14, markeredgewidth=2)
+    panel.set_yticks(range(len(rows)), [row["name"] for row in rows])
+    panel.set_ylim(len(rows) - 0.5, -0.5)
+    panel.margins(x=0.12)
+    panel.grid(axis="x", alpha=0.3)
 
 
 def _lines(panel: Any, rows: list[dict[str, Any]], key: str) -> None:
