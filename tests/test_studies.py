@@ -111,6 +111,17 @@ def test_a_row_need_not_have_every_figure(tmp_path):
     assert (tmp_path / "t.md").read_text().splitlines()[2:4] == ["| a | 2 (1 to 3) |  |", "| b | 4 | 2 |"]
 
 
+def test_the_documented_tables_are_those_that_were_measured():
+    docs = Path(__file__).parents[1] / "docs" / "studies"
+    text = (docs / "README.md").read_text()
+    for file in ("progressive.json", "masking.json", "scaling.json"):
+        table = json.loads((docs / file).read_text())
+        assert not table["short"]
+        assert markdown(table) in text
+        assert f"]({table['study']}.png)" in text
+        assert (docs / f"{table['study']}.png").exists()
+
+
 def test_seeds_must_differ_and_a_length_be_one(tmp_path):
     with pytest.raises(ValueError, match="needs different seeds"):
         study("progressive", tmp_path, seeds=(1, 1))
