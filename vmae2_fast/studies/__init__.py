@@ -45,11 +45,10 @@ def study(
     epochs = (SHORT if short else FULL).scaled(length)
     out, runs = Path(out), Path(out if runs is None else runs)
     found: dict[str, list[dict[str, float]]] = {}
-    command = f"vmae2 study {name} --seeds {' '.join(map(str, seeds))}"
-    command += (f" --length {length:g}" if length != 1 else "") + (" --short" if short else "")
+    options = (f" --length {length:g}" if length != 1 else "") + (" --short" if short else "")
     seconds = 0.0
     table: dict[str, Any] = {}
-    for number, seed in enumerate(seeds):
+    for number, seed in enumerate(seeds, start=1):
         folder = runs / f"seed-{seed}"
         _write_scenes(folder, seed, short)
         done: dict[str, dict[str, Any]] = {}
@@ -62,8 +61,8 @@ def study(
         seconds += sum(summary["seconds"] for summary in done.values())
         table = {
             "study": name,
-            "command": command,
-            "seeds": list(seeds[: number + 1]),
+            "command": f"vmae2 study {name} --seeds {' '.join(map(str, seeds[:number]))}{options}",
+            "seeds": list(seeds[:number]),
             "short": short,
             "training_seconds": round(seconds, 1),
             "environment": _environment(),
