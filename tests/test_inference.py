@@ -6,8 +6,12 @@ from pathlib import Path
 
 import av
 import numpy as np
+import pytest
+import torch
 
-from vmae2_fast.inference import read_views
+from tests.models.tiny import classify
+from vmae2_fast.inference import load_model, read_views
+from vmae2_fast.models import save_weights
 
 FRAMES = 40
 
@@ -36,3 +40,13 @@ def test_views_are_segment_major(tmp_path):
         seen.append(("left" if left else "right", [round((frame.mean() - 20) / 5) for frame in middle]))
     first, second = [0, 4, 8, 12], [24, 28, 32, 36]
     assert seen == [("left", first), ("right", first), ("left", second), ("right", second)]
+
+
+def test_a_trunk_and_a_file_of_something_else_are_told_apart(tmp_path):
+    save_weights(classify(num_classes=0), tmp_path / "trunk.safetensors")
+    assert load_model(str(tmp_path / "trunk.safetensors"), head_needed=False).model.config.num_classes == 0
+    with pytest.raises(ValueError, match=r"trunk\.safetensors holds a trunk without a head; fine-tune it first"):
+        load_model(str(tmp_path / "trunk.safetensors"))
+    torch.save({"model": {"conv1.weight": torch.zeros(3)}}, tmp_path / "other.pth")
+    with pytest.raises(ValueError, match=r"does not fit vit_small_patch16_224: missing: patch_embed.*unexpected: conv1\.wei"):
+        load_model(str(tmp_path / "other.pth"), "vit_small_patch16_224")

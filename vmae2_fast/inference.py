@@ -74,11 +74,11 @@ def load_model(
         raise ValueError(
             f"{path} holds {config.name}; this needs a {'pre-training' if kind == 'pretrain' else 'classification'} model"
         )
-    if head_needed and found == "classify" and (not config.num_classes or head is None):
-        raise ValueError(f"{path} holds a trunk without a head; fine-tune it first")
     with torch.device("meta"):
         built = build_model(config)
     load_weights(built, path)
+    if head_needed and found == "classify" and (not config.num_classes or head is None):
+        raise ValueError(f"{path} holds a trunk without a head; fine-tune it first")
     names = json.loads(checkpoint.metadata.get("meta", "{}")).get("classes")
     run_file = Path(path) / "config.json"
     run = load(run_file) if found == "classify" and Path(path).is_dir() and _is_run(run_file) else None

@@ -271,24 +271,32 @@ def export(
 def study(
     name: tyro.conf.Positional[Literal["progressive", "masking", "scaling"]],
     *,
-    out: str | None = None,
+    out: str = "runs/studies",
+    runs: str | None = None,
     seeds: tuple[int, ...] = (0, 1, 2),
+    length: float = 1.0,
     short: bool = False,
 ) -> dict[str, Any]:
     """Show a claim of the paper at toy size: several seeds, means and spread as a table and a picture.
 
-    Example: vmae2 study progressive --out docs/studies/progressive
+    A study that was stopped goes on where it was; studies with the same --runs train what they share once.
+
+    Example: vmae2 study progressive
+    Example: vmae2 study scaling --out docs/studies --runs runs/studies
+    Example: vmae2 study masking --length 3 --runs runs/long
 
     Args:
         name: progressive training, decoder masks, or width against pre-training set.
-        out: folder of table.json, table.md, table.png and the runs; default runs/study_NAME.
+        out: folder of NAME.json, NAME.md and NAME.png.
+        runs: folder of scenes and training runs; default the one of --out.
         seeds: of data and models.
+        length: factor on the epochs of every stage; runs of another length need another --runs.
         short: seconds instead of minutes, to see it run; the figures then mean nothing.
     """
     from ..studies import markdown
     from ..studies import study as run
 
-    table = run(name, out or f"runs/study_{name}", seeds=seeds, short=short)
+    table = run(name, out, runs=runs, seeds=seeds, length=length, short=short)
     print(markdown(table))
     return table
 

@@ -90,6 +90,8 @@ def parameter_counts(spec: ModelSpec, config: ModelConfig) -> dict[str, int]:
     if spec.decoder is None:
         positions = spec.tokens * width if config.learnable_positions else 0
         head = config.num_classes * (width + 1)
+        if config.pooling == "attentive":  # query, queries, keys, values, projection, MLP of 4 D, two norms and the biases
+            head += 12 * width * width + 14 * width
         return {"encoder": encoder + positions, "head": head, "total": encoder + positions + head}
     inner = spec.decoder.width
     decoder = _stack_parameters(spec.decoder, config) + 2 * inner + spec.decoder_outputs * (inner + 1)
@@ -111,7 +113,10 @@ def macs(spec: ModelSpec, config: ModelConfig, tokens: dict[str, int], *, execut
     if dec is None:
         # Pooling the first token only: behind the last attention one token is left.
         kept = 1 if executed and config.pooling == "first" else n
-        out = {"patch_embed": n * embed, **_stack_macs("encoder", enc, n, kept), "head": enc.width * config.num_classes}
+        head = enc.width * config.num_classes
+        if config.pooling == "attentive":  # one query: keys and values of all tokens, the rest of one
+            head += 2 * n * enc.width * enc.width + 2 * n * enc.width + 10 * enc.width * enc.width
+        out = {"patch_embed": n * embed, **_stack_macs("encoder", enc, n, kept), "head": head}
         return {**out, "total": sum(out.values())}
     visible, sequence = tokens["visible"], tokens["sequence"]
     out = {
@@ -202,6 +207,10 @@ def activation_bytes(
         out = {"embed": n * patch, "encoder": stack_bytes("encoder", enc, n, 1 if first else n, folded=first)}
         if not first:  # the pooled tokens and their norm, both fp32, are the ends of it
             out["head"] = 4 * enc.width + 8 + (4 * enc.width if config.num_classes else 0)
+        if config.pooling == "attentive":
+            # of each token its stream, norm, key and value; of the query two fp32 ends of its norm, its projections and MLP
+            out["head"] += n * (2 * (residual + activation) * enc.width + 8)
+            out["head"] += (8 + 10 * activation) * enc.width + 8 + 4 * enc.heads
     else:
         visible, sequence, loss = tokens["visible"], tokens["sequence"], tokens["loss"]
         out = {
