@@ -36,7 +36,7 @@ if hasattr(config, "detector"):
 else:
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, drop_path=0.0))
 """
-KILL = ranks.at_step("if number == 3 and rank == 1: os.kill(os.getpid(), signal.SIGKILL)")
+KILL = ranks.at_step("if number == 3: os.kill(os.getpid(), signal.SIGKILL)")
 
 
 def _alone(kind: str, root: Path, out: Path, **changes: object) -> dict:
@@ -46,7 +46,7 @@ def _alone(kind: str, root: Path, out: Path, **changes: object) -> dict:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_two_ranks_learn_and_score_as_one(kind, tmp_path, one_thread):
+def test_two_ranks_learn_and_score_as_one(kind, forks, tmp_path, one_thread):
     root = tmp_path / "data"
     if kind == "ava":
         write_ava_scenes(root, train=16, val=5)
@@ -54,12 +54,12 @@ def test_two_ranks_learn_and_score_as_one(kind, tmp_path, one_thread):
         write_tad_features(root, train=16, test=5)
     options = {"epochs": 2, "global_batch": 4, "checkpoint_every": 2, "log_every": 1}
     single = _alone(kind, root, tmp_path / "single", **options)
-    # The second rank is killed on the way; started again, both go on from the checkpoint before.
-    code, output = ranks.run(2, root, tmp_path / "both", kind=kind, before=BEFORE + KILL, **options)
-    assert code != 0, output
+    # Both ranks are killed on the way; started again, they go on from the checkpoint before.
+    codes, log = forks.run(root, tmp_path / "both", ranks=2, kind=kind, before=BEFORE + KILL, **options)
+    assert codes == [-9, -9], log
     assert not (tmp_path / "both" / KINDS[kind] / "done.json").exists()
-    code, output = ranks.run(2, root, tmp_path / "both", kind=kind, before=BEFORE, **options)
-    assert code == 0, output
+    codes, log = forks.run(root, tmp_path / "both", ranks=2, kind=kind, before=BEFORE, **options)
+    assert codes == [0, 0], log
     both = json.loads((tmp_path / "both" / KINDS[kind] / "done.json").read_text())
     losses = [[line["loss"] for line in read_metrics(Path(run["directory"]) / "metrics.jsonl")] for run in (both, single)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
@@ -75,7 +75,7 @@ def test_two_ranks_learn_and_score_as_one(kind, tmp_path, one_thread):
     assert both["validation"]["left_out"] == single["validation"]["left_out"] == {}
 
 
-def test_ranks_share_the_features_that_are_missing(tmp_path, one_thread):
+def test_ranks_share_the_features_that_are_missing(forks, tmp_path, one_thread):
     root = tmp_path / "data"
     write_untrimmed_scenes(root, train=4, test=2, size=32)
     torch.manual_seed(0)
@@ -84,8 +84,8 @@ def test_ranks_share_the_features_that_are_missing(tmp_path, one_thread):
 parts = {{n: dataclasses.replace(getattr(config, n), videos={str(root / "videos")!r}) for n in ("data", "validation")}}
 config = dataclasses.replace(config, trunk_weights={str(tmp_path / "trunk.safetensors")!r}, **parts)
 """
-    code, output = ranks.run(2, root, tmp_path / "both", kind="tad", before=videos, epochs=2, global_batch=4)
-    assert code == 0, output
+    codes, log = forks.run(root, tmp_path / "both", ranks=2, kind="tad", before=videos, epochs=2, global_batch=4)
+    assert codes == [0, 0], log
     assert len(list((root / "features").glob("*.npy"))) == 6
     names = [json.loads(line)["name"] for line in (root / "features" / "videos.jsonl").read_text().splitlines()]
     assert len(names) == len(set(names)) == 6  # each taken once

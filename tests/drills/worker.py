@@ -4,7 +4,7 @@
     python -m tests.drills.worker                                                  a server that forks ranks, see `ranks.Forks`
 
 OPTIONS: JSON of {"kind": pretrain | classify, "train", "data", "model": {key: value} to change in the config, "before": code}.
-`before` finds the config, the ranks and the modules it may want to patch among its names.
+`before` may change the config, and finds the ranks and the modules it may want to patch among its names.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def work(clips: Path, out: Path, options: dict[str, Any]) -> None:
     }  # fmt: skip
     exec(options["before"], names)
     try:
-        loop.train(config, device="cpu")
+        loop.train(names["config"], device="cpu")
     finally:
         parallel.leave()
 

@@ -36,8 +36,8 @@ def standing_alone(stage: Stage) -> Stage:
 
 
 def _few_videos(config: TadConfig, place: Path) -> TadConfig:
-    """Where features are yet to be taken with weights that are yet to be made: those of a batch of the shortest videos, by a
-    trunk of random weights. Raises TadError where an annotated video is not there."""
+    """Where features are yet to be taken with weights that are yet to be made: those of `STEPS` batches of the shortest
+    videos, by a trunk of random weights. Raises TadError where an annotated video is not there."""
 
     def few(data: TadDataConfig, count: int) -> TadDataConfig:
         wanted = choose_subset(read_annotations(data.annotations), data.subset, data.block_list)
@@ -52,7 +52,7 @@ def _few_videos(config: TadConfig, place: Path) -> TadConfig:
         )
 
     validation = None if config.validation is None else few(config.validation, 1)
-    return dataclasses.replace(config, data=few(config.data, config.train.global_batch), validation=validation)
+    return dataclasses.replace(config, data=few(config.data, STEPS * config.train.global_batch), validation=validation)
 
 
 def preflight(config: RunConfig, *, device: torch.device | str | None = None) -> dict[str, Any]:
