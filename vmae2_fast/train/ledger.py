@@ -209,7 +209,7 @@ def activation_bytes(
             out["head"] = 4 * enc.width + 8 + (4 * enc.width if config.num_classes else 0)
         if config.pooling == "attentive":
             # of each token its stream, norm, key and value; of the query two fp32 ends of its norm, its projections and MLP
-            out["head"] += n * (2 * (residual + activation) * enc.width + 8)
+            out["head"] += n * (2 * (sum(encoding)) * enc.width + 8)
             out["head"] += (8 + 10 * activation) * enc.width + 8 + 4 * enc.heads
     else:
         visible, sequence, loss = tokens["visible"], tokens["sequence"], tokens["loss"]
