@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import stat
 import threading
 from collections import OrderedDict
 from typing import Any, NamedTuple
@@ -73,12 +74,12 @@ def av_module() -> Any:
 
 def _identity(path: str) -> tuple[str, int, int]:
     try:
-        stat = os.stat(path)
+        found = os.stat(path)
     except OSError as error:
         raise DecodeError(path, error.strerror or str(error)) from error
-    if not stat.st_size:
+    if stat.S_ISREG(found.st_mode) and not found.st_size:
         raise DecodeError(path, "is empty")
-    return path, stat.st_size, stat.st_mtime_ns
+    return path, found.st_size, found.st_mtime_ns
 
 
 def open_stream(path: str) -> tuple[Any, Any]:
