@@ -52,7 +52,7 @@ drills: $(VENV)/.dev
 	OMP_NUM_THREADS=1 VMAE2_DRILLS=full VMAE2_NATIVE=$(NATIVE) $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal tests/drills --durations=0 -rP $(ARGS)
 
 recipes-smoke: $(VENV)/.dev
-	VMAE2_RECIPES=all VMAE2_NATIVE=$(NATIVE) $(BIN)/python -m pytest -q tests/recipes
+	OMP_NUM_THREADS=1 VMAE2_RECIPES=all VMAE2_NATIVE=$(NATIVE) $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal tests/recipes
 
 # C++ and the CUDA kernels, these emulated on the CPU (tests/cuda_emulator).
 sanitize: $(VENV)/.dev
