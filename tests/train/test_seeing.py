@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from pathlib import Path
 
@@ -83,7 +84,7 @@ def test_old_pictures_are_thinned_out(tmp_path):
     kept = [int(p.stem.split("-")[1]) for p in pictures.reconstructions(tmp_path)]
     assert len(kept) == pictures._KEPT
     assert (kept[0], kept[-1]) == (1, 199)
-    assert max(b - a for a, b in zip(kept, kept[1:])) <= 2 * 199 / pictures._KEPT  # spread over the run
+    assert max(b - a for a, b in itertools.pairwise(kept)) <= 2 * 199 / pictures._KEPT  # spread over the run
 
 
 def test_pictures_that_cannot_be_drawn_are_said_once_and_do_not_end_the_run(clips, tmp_path, monkeypatch, capsys):
