@@ -12,6 +12,7 @@ import tyro
 
 from .. import __version__, backend
 from ..config import Progression
+from . import slurm
 from .parsing import parse
 
 
@@ -40,6 +41,19 @@ class LaunchOptions:
     srun the processes that are there join."""
     restarts: int = 0
     """Times the processes are started again from the last checkpoint when one of them fails."""
+    slurm: str | None = None
+    """Submit the launch to this Slurm partition and return: a process on each of `gpus` GPUs of each of `nodes` machines. The
+    job is warned before it must end, saves, queues again and goes on."""
+    nodes: int = 1
+    """Machines of the Slurm job."""
+    hours: float = 24.0
+    """Time limit of one sitting of the Slurm job."""
+    requeues: int = 100
+    """Times the Slurm job queues again after it has reached its time limit."""
+    cpus: int | None = None
+    """CPUs of each process of the Slurm job."""
+    sbatch: tuple[str, ...] = ()
+    """More options of sbatch as KEY=VALUE, such as account=vision qos=high."""
     json: bool = False
     """Print the summary as the last line on stdout."""
 
@@ -49,6 +63,7 @@ def launch(arguments: list[str]) -> dict[str, Any]:
 
     Example: vmae2 launch demo:progressive --out runs/demo
     Example: vmae2 launch pretrain:vit_base_hybrid --optim.lr 3e-4 --train.global-batch 256
+    Example: vmae2 launch pretrain:vit_giant_hybrid --slurm gpu --nodes 8 --gpus 8 --hours 48 --sbatch account=vision
     """
     from .. import recipes_index
 
@@ -131,6 +146,8 @@ def _run(run: Any, options: LaunchOptions, arguments: list[str]) -> dict[str, An
             print(line, file=sys.stderr)
     if options.dry_run:
         return {"plan": plan}
+    if options.slurm is not None and not slurm.submitted():
+        return _submit(run, options, stages, arguments)
     _spread(options, arguments)
     for stage in stages:
         split_batch(stage, world.size)
@@ -138,6 +155,23 @@ def _run(run: Any, options: LaunchOptions, arguments: list[str]) -> dict[str, An
         return _check(run, options, stages) if options.check else _train(run, options, stages)
     finally:
         leave()
+
+
+def _submit(run: Any, options: LaunchOptions, stages: list[Any], arguments: list[str]) -> dict[str, Any]:
+    from ..train.batch import split_batch
+
+    if options.gpus is None:
+        raise ValueError("--slurm needs --gpus, the GPUs of each machine")
+    if options.restarts:
+        raise ValueError("--restarts is for processes started here; a Slurm job queues again by itself (--requeues)")
+    folder = Path(run.out) / "slurm" / "%j"
+    made = slurm.executor(
+        folder, partition=str(options.slurm), name=run.name, nodes=options.nodes, gpus=options.gpus, cpus=options.cpus,
+        hours=options.hours, requeues=options.requeues, options=options.sbatch,
+    )  # fmt: skip
+    for stage in stages:
+        split_batch(stage, options.nodes * options.gpus)
+    return slurm.submit(arguments, made, folder)
 
 
 def _check(run: Any, options: LaunchOptions, stages: list[Any]) -> dict[str, Any]:

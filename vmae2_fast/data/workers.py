@@ -15,6 +15,7 @@ import multiprocessing
 import multiprocessing.context
 import multiprocessing.forkserver
 import os
+import signal
 import sys
 import tempfile
 import threading
@@ -171,7 +172,9 @@ def _open(place: Place) -> torch.Tensor:
 
 
 def start_worker() -> None:
-    """One thread per process, and no life after the loader's."""
+    """One thread per process, no life after the loader's, and deaf to warnings a scheduler sends to all processes of a job."""
+    for number in (signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
     threading.Thread(target=_end_with_the_loader, daemon=True, name="vmae2-parent").start()
 
