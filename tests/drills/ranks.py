@@ -9,7 +9,9 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import select
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -21,6 +23,9 @@ import pytest
 ROOT = Path(__file__).parents[2]
 # The last: what `parallel.join` asks for where torchrun may start ranks again, and `vmae2 launch` sets itself.
 ENVIRONMENT = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+
+_LONGEST_S = 300
+"""Seconds after which ranks count as hanging."""
 
 STEPPING = """
 original = Optimizer.step
@@ -106,7 +111,7 @@ class Forks:
         self._numbers = itertools.count()
         self._server = subprocess.Popen(
             [*self._prefix, sys.executable, "-m", "tests.drills.worker"], cwd=ROOT, text=True,
-            env={**os.environ, **ENVIRONMENT}, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            env={**os.environ, **ENVIRONMENT}, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
         )  # fmt: skip
         return self
 
@@ -125,5 +130,8 @@ class Forks:
         assert self._server.stdout is not None
         self._server.stdin.write(json.dumps({**request, **_options(kind, before, data, model, train)}) + "\n")
         self._server.stdin.flush()
+        if not select.select([self._server.stdout], [], [], _LONGEST_S)[0]:
+            os.killpg(self._server.pid, signal.SIGKILL)
+            raise AssertionError(f"ranks hang; they said: {log.read_text()}")
         codes = json.loads(self._server.stdout.readline())
         return codes, log.read_text()

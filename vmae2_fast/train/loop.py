@@ -127,7 +127,7 @@ class Trainer:
         if self.task.shares_evaluation and train.parallel == "ddp":  # a sharded model's forwards need all ranks each time
             self.task.rank, self.task.world, self.task.gather = world.rank, world.size, world.gather
         self.clock = ForwardClock(device)
-        loss = self.clock.timed(loss) if world.size > 1 else loss
+        loss = self.clock.timed(loss) if world.size > 1 and not train.cuda_graph else loss  # a graph has no clocks in it
         scale = LossScale(device) if self.task.dtype == torch.float16 else None
         run_batch = Graphed if train.cuda_graph else Eager
         self.forward_backward = run_batch(self.task, loss, world, None if scale is None else scale.value)

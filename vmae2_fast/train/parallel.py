@@ -166,10 +166,16 @@ def _warn_of_restarts(world: World) -> None:
         print(f"WARNING: ranks that torchrun starts again may wait for ever; {way_out}", file=sys.stderr)
 
 
+_LEFT: list[Any] = []
+"""Groups that were left, kept to the end of the process. DDP drops its reference while it holds Python's lock; were it the
+last one, the group would wait for its threads, one of which may be waiting for the lock to give up a tensor (torch 2.13)."""
+
+
 def leave() -> None:
     """Close the connection to the other processes, if there is one."""
     _HOST_GROUP.clear()
     if dist.is_initialized():
+        _LEFT.append(dist.group.WORLD)
         dist.destroy_process_group()
 
 
