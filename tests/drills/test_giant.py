@@ -24,6 +24,7 @@ REST = 3.5e9
 BEFORE = """
 import dataclasses, resource
 from vmae2_fast.config import ModelConfig
+from vmae2_fast.train import parallel
 model = ModelConfig(name={name!r}, frames=8, size={size})
 config = dataclasses.replace(config, model=model, mask=dataclasses.replace(config.mask, encoder_ratio=0.75))
 def measured(self):
