@@ -245,6 +245,8 @@ def test_a_damaged_part_is_named(weights, clips, tmp_path):
         (["--data", "{clips}", "--label-map", "{tmp}/one.json"], "but the label map has classes 0..0"),
         (["--data", "{one}"], "source one has 1 classes, the model has 2"),
         (["--data", "{clips}", "--shard", "3/2"], "--shard 3/2: give I/N"),
+        (["--data", "{clips}", "--segments", "0"], "views.segments=0: must be at least 1"),
+        (["--data", "{clips}", "--crops", "0"], "views.crops=0: must be at least 1"),
         (["--data", "{clips}", "--model", "vit_base_patch16_224"], "does not fit vit_base_patch16_224"),
     ],
 )

@@ -88,7 +88,9 @@ def eval(
         source = dataclasses.replace(source, sources=tuple(dataclasses.replace(s, stride=stride) for s in source.sources))
     elif set is None and data is not None:
         source = dataclasses.replace(source, stride=loaded.stride, sampling=sampling or loaded.sampling)
-    views = ViewsConfig(segments=segments or views.segments, crops=crops or views.crops, batch=batch)
+    views = ViewsConfig(
+        segments=views.segments if segments is None else segments, crops=views.crops if crops is None else crops, batch=batch
+    )
     rows = None if label_map is None else read_label_map(label_map, loaded.model.config.num_classes)
     out = out or (str(Path(weights) / "eval") if Path(weights).is_dir() else "eval")
     metrics = evaluate(
@@ -179,7 +181,7 @@ def classify(
     from ..inference import load_model
     from ..models.kinetics import read_label_map
 
-    if not videos or min(segments, crops, topk, stride or 1) < 1:
+    if not videos or min(segments, crops, topk, 1 if stride is None else stride) < 1:
         raise ValueError("classify needs at least one video, and segments, crops, topk and stride of at least 1")
     loaded = load_model(weights, model, kind="classify")
     loaded.model.to("cuda" if torch.cuda.is_available() else "cpu")

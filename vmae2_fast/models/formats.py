@@ -50,7 +50,7 @@ def read_checkpoint(source: str | Path) -> Checkpoint:
     if path.is_dir():
         path = _file_in(path)
     if not path.is_file():
-        raise ValueError(f"{path}: no such checkpoint")
+        raise ValueError(f"{path}: no such checkpoint; name a run directory or a weights file (--weights)")
     metadata: dict[str, str] = {}
     if path.suffix == ".safetensors":
         state, metadata = _read_safetensors(path)
