@@ -61,7 +61,7 @@ _HALF = {
     100: {  # tcgen05
         64: Tiles(_LARGE, _SMALL, _WIDE, _WIDE),
         80: Tiles(_WIDE, _SMALL, _WIDE, _WIDE),
-        96: Tiles(_WIDE, _SMALL, _WIDE, _WIDE),
+        96: Tiles(_WIDE, _NARROW, _WIDE, _WIDE),
         128: Tiles(_WIDE, _SMALL, _SMALL, _WIDE),
     },
 }
