@@ -21,11 +21,6 @@ ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="watches processes through Linux's pidfd")
 
 
-@pytest.fixture(scope="module")
-def clips(tmp_path_factory) -> Path:
-    return tiny.write_clips(tmp_path_factory.mktemp("clips"))
-
-
 def _data(clips: Path, **values) -> DataConfig:
     return DataConfig(**{"sources": tiny.data(clips).sources, "datasets": tiny.data(clips).datasets, "stride": 2, **values})
 

@@ -5,7 +5,6 @@ The giant needs 21 GB of free memory; it and its smaller sibling run in `make dr
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 
@@ -13,9 +12,10 @@ import pytest
 
 from tests import tiny_runs as tiny
 from tests.drills import ranks
+from tests.drills.judge import full
 from vmae2_fast.train.ledger import ledger
 
-pytestmark = pytest.mark.skipif(os.environ.get("VMAE2_DRILLS") != "full", reason="in make drills")
+pytestmark = full
 
 # Beside 16 bytes a parameter over both ranks: libraries, gathered blocks, their gradients before they are summed.
 REST = 3.5e9

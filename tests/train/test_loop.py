@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests import tiny_runs as tiny
+from tests.drills.judge import same_bits
 from vmae2_fast.config import MaskConfig
 from vmae2_fast.data.augment import OFFICIAL, OFFICIAL_MIX
 from vmae2_fast.data.loader import VideoLoader
@@ -22,22 +23,12 @@ from vmae2_fast.train.log import read_metrics
 from vmae2_fast.train.optim import LossScale, Optimizer
 
 
-@pytest.fixture(scope="module")
-def clips(tmp_path_factory) -> Path:
-    return tiny.write_clips(tmp_path_factory.mktemp("clips"))
-
-
 @pytest.fixture(autouse=True)
 def one_thread():
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-def _same_weights(a: str, b: str) -> bool:
-    ours, theirs = load_file(a), load_file(b)
-    return ours.keys() == theirs.keys() and all(torch.equal(ours[n], theirs[n]) for n in ours)
 
 
 def _stop_after(monkeypatch, step: int, error: BaseException) -> None:
@@ -135,7 +126,7 @@ def test_resume_is_bitwise(clips, tmp_path, monkeypatch, kind):
         _train_until(monkeypatch, step, config)
         torch.manual_seed(step)  # whatever happens in between, the generators come from the checkpoint
     parts = train(config)
-    assert _same_weights(whole["weights"], parts["weights"])
+    assert same_bits(whole["weights"], parts["weights"])
     assert parts["first_loss"] == whole["first_loss"]
     assert parts["last_loss"] == whole["last_loss"]
     assert parts["validation"] == whole["validation"]
@@ -159,7 +150,7 @@ def test_float16_finds_its_loss_scale_and_goes_on_bitwise(clips, tmp_path, monke
     _train_until(monkeypatch, 9, part)
     monkeypatch.setattr(LossScale.__init__, "__defaults__", initial)
     again = train(part)
-    assert _same_weights(again["weights"], summary["weights"])
+    assert same_bits(again["weights"], summary["weights"])
     assert again["skipped_steps"] == skipped
 
 
@@ -184,7 +175,7 @@ def test_a_signal_saves_and_exits(clips, tmp_path, monkeypatch, number):
     assert "step-00000007" in os.listdir(tmp_path / "parts" / config.name / "checkpoints")
     logged = read_metrics(tmp_path / "parts" / config.name / "metrics.jsonl")
     assert [e["step"] for e in logged] == [2, 4, 6, 7]
-    assert _same_weights(whole["weights"], train(config)["weights"])
+    assert same_bits(whole["weights"], train(config)["weights"])
 
 
 # (T'=4: constant counts), (T'=2 and a random decoder mask: counts known only from the masks)
@@ -338,5 +329,5 @@ def test_augmented_fine_tuning_goes_on_bitwise_after_a_stop(clips, tmp_path, mon
     _train_until(monkeypatch, 5, stopped)
     again = train(stopped)
     assert whole["steps"] == again["steps"] == 6
-    assert _same_weights(whole["weights"], again["weights"])
-    assert not _same_weights(whole["weights"], train(plain)["weights"])
+    assert same_bits(whole["weights"], again["weights"])
+    assert not same_bits(whole["weights"], train(plain)["weights"])

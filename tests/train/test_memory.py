@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,11 +18,6 @@ from vmae2_fast.train.batch import micro_batches, split_batch
 from vmae2_fast.train.budget import rank_bytes, sized
 from vmae2_fast.train.optim import Optimizer
 from vmae2_fast.train.parallel import World
-
-
-@pytest.fixture(scope="module")
-def clips(tmp_path_factory) -> Path:
-    return tiny.write_clips(tmp_path_factory.mktemp("clips"))
 
 
 def _bytes(config: Any, ranks: int, micro: int) -> int:

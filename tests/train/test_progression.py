@@ -18,11 +18,6 @@ from vmae2_fast.models.weights import save_weights
 from vmae2_fast.train.progression import run_progression, weights_of
 
 
-@pytest.fixture(scope="module")
-def clips(tmp_path_factory) -> Path:
-    return tiny.write_clips(tmp_path_factory.mktemp("clips"))
-
-
 def still(config: Any, **changes: Any) -> Any:
     """One epoch that moves no weight: a stage ends with what it started from."""
     config = tiny.with_train(config, epochs=1)

@@ -19,11 +19,6 @@ from vmae2_fast.train.parallel import World
 from vmae2_fast.train.saver import Saver
 
 
-@pytest.fixture(scope="module")
-def clips(tmp_path_factory) -> Path:
-    return tiny.write_clips(tmp_path_factory.mktemp("clips"))
-
-
 class Training:
     def __init__(self) -> None:
         torch.manual_seed(1)

@@ -23,11 +23,6 @@ from vmae2_fast.train.spikes import SpikeLog
 
 
 @pytest.fixture(scope="module")
-def clips(tmp_path_factory) -> Path:
-    return tiny.write_clips(tmp_path_factory.mktemp("clips"))
-
-
-@pytest.fixture(scope="module")
 def plain(clips, tmp_path_factory) -> dict:
     """A run that shows nothing."""
     return train(tiny.pretrain_config(clips, tmp_path_factory.mktemp("plain")))

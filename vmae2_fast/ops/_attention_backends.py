@@ -36,10 +36,8 @@ def why_not_sdpa(
         return f"ATen has no flash attention with log-sum-exp for {device.type}"
     if torch.version.hip is None and torch.cuda.is_available() and torch.cuda.get_device_capability(device) < (8, 0):
         return "ATen's flash attention needs compute capability 8.0"
-    if dtype not in (None, torch.float16, torch.bfloat16):
-        return f"ATen's flash attention on cuda takes float16 and bfloat16, not {str(dtype).removeprefix('torch.')}"
-    if head_dim is not None and (head_dim % 8 or head_dim > 256):
-        return f"ATen's flash attention on cuda takes head dims that are multiples of 8 up to 256, not {head_dim}"
+    if reason := libraries.why_not_half("ATen's flash attention on cuda", 256, dtype, head_dim):
+        return reason
     if window is not None or lengths:
         return f"ATen's flash attention with log-sum-exp takes no {'lengths' if window is None else 'window'} on cuda"
     return None

@@ -85,6 +85,15 @@ def why_not_gpu(device: torch.device, what: str, majors: tuple[int, ...]) -> str
     return None
 
 
+def why_not_half(what: str, most: int, dtype: torch.dtype | None, head_dim: int | None) -> str | None:
+    """The reason kernels for float16, bfloat16 and head dims up to `most` cannot take this one."""
+    if dtype not in (None, torch.float16, torch.bfloat16):
+        return f"{what} takes float16 and bfloat16, not {_name(dtype)}"
+    if head_dim is not None and (head_dim % 8 or head_dim > most):
+        return f"{what} takes head dims that are multiples of 8 up to {most}, not {head_dim}"
+    return None
+
+
 def why_not_flash(
     name: str,
     majors: tuple[int, ...],
@@ -98,12 +107,8 @@ def why_not_flash(
 ) -> str | None:
     """The reason a flash-attn cannot run on `device`, or not for this input there; None if it can."""
     what = f"flash-attn {name[-1]}"
-    if reason := why_not_gpu(device, what, majors) or load(name)[1]:
+    if reason := why_not_gpu(device, what, majors) or load(name)[1] or why_not_half(what, most, dtype, head_dim):
         return reason
-    if dtype not in (None, torch.float16, torch.bfloat16):
-        return f"{what} takes float16 and bfloat16, not {_name(dtype)}"
-    if head_dim is not None and (head_dim % 8 or head_dim > most):
-        return f"{what} takes head dims that are multiples of 8 up to {most}, not {head_dim}"
     if lengths:
         return f"{what} takes lengths of packed sequences only, not of padded ones"
     if name == "flash4":
@@ -131,10 +136,8 @@ def why_not_cudnn(
         return f"cuDNN attention needs cuDNN 9, this torch has {version or 'none'}"
     if not torch.backends.cuda.cudnn_sdp_enabled():
         return "cuDNN attention was switched off (torch.backends.cuda.enable_cudnn_sdp)"
-    if dtype not in (None, torch.float16, torch.bfloat16):
-        return f"cuDNN attention takes float16 and bfloat16, not {_name(dtype)}"
-    if head_dim is not None and (head_dim % 8 or head_dim > 128):
-        return f"cuDNN attention takes head dims that are multiples of 8 up to 128, not {head_dim}"
+    if reason := why_not_half("cuDNN attention", 128, dtype, head_dim):
+        return reason
     if window is not None or lengths:
         return f"cuDNN attention of torch takes no {'lengths' if window is None else 'window'}"
     if upto == 1:
