@@ -14,9 +14,10 @@ PACKAGE = ROOT / "vmae2_fast"
 
 # What each floor may import of ours, besides itself. Files of the package's root that are no floor (the command line and
 # what it prints) stand at the top and may import everything.
-BESIDE = {"backend", "config"}
+BESIDE = {"backend", "config", "whole"}
 BELOW = {
     "config": set(),
+    "whole": set(),
     "backend": {"_C"},
     "ops": {"backend", "_C"},
     "models": {"ops", *BESIDE},

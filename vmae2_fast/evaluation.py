@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -23,7 +22,6 @@ from .config import DataConfig, ViewsConfig, to_dict
 from .data.evaluation_loader import EvaluationLoader
 from .inference import Loaded
 from .models.kinetics import check_label_map, class_names
-from .models.weights import write_whole
 from .tasks.base import ViewBatch, autocast_dtype, view_batches
 from .tasks.metrics.classification import (
     Predictions,
@@ -33,6 +31,7 @@ from .tasks.metrics.classification import (
     most_confused,
 )
 from .tasks.predictions import PredictionStore, Saved
+from .whole import write_json
 
 SAVE_EVERY = 64
 """Videos of one saved part: what a killed test has to do again, at most."""
@@ -256,6 +255,6 @@ def score(
 def _write(metrics: dict[str, Any], counts: np.ndarray, names: list[str], out: Path, about: dict[str, Any]) -> None:
     from .pictures import confusion_picture, installed
 
-    write_whole(out / "metrics.json", lambda path: path.write_text(json.dumps({**about, **metrics}, indent=2) + "\n"))
+    write_json(out / "metrics.json", {**about, **metrics}, indent=2)
     if installed():
         confusion_picture(counts, names, out / "confusion.png")

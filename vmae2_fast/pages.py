@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import base64
-import os
 from pathlib import Path
 from typing import Any
 
 from .train.pictures import missing
+from .whole import write_whole
 
 __all__ = ["embedded", "missing", "write_page"]
 
@@ -25,7 +25,5 @@ def write_page(path: Path, template: str, **values: Any) -> Path:
 
     pages = Environment(autoescape=True, loader=FileSystemLoader(Path(__file__).parent), trim_blocks=True)
     text = pages.get_template(template).render(**values)
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    write_whole(path, lambda temporary: temporary.write_text(text))
     return path

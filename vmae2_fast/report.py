@@ -6,7 +6,6 @@ Everything is drawn from the run directories, so `vmae2 report OUT` makes it aga
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,9 @@ from . import backend
 from .config import ClassifyConfig, DistillConfig, PretrainConfig, Progression, Stage
 from .pages import embedded, missing, write_page
 from .pictures import confusion_picture, pyplot
+from .train.log import read_lines
 from .train.progression import resolved
+from .whole import write_json
 
 _CLIPS_SHOWN = 6
 _ROWS = "(rows: original, what the encoder saw, what the decoder predicted, and for comparison the patch means alone)"
@@ -72,9 +73,7 @@ def summarise(progression: Progression, results: dict[str, dict[str, Any]]) -> d
 
 
 def write_summary(summary: dict[str, Any], out: Path) -> None:
-    temporary = out / ".summary.json.partial"
-    temporary.write_text(json.dumps(summary, indent=2) + "\n")
-    temporary.replace(out / "summary.json")
+    write_json(out / "summary.json", summary, indent=2)
 
 
 def _shuffled_top1(stage: Stage) -> float:
@@ -88,8 +87,7 @@ def _shuffled_top1(stage: Stage) -> float:
 
 
 def _metrics(stage: Stage, out: Path) -> list[dict[str, Any]]:
-    path = out / stage.name / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return read_lines(out / stage.name / "metrics.jsonl")
 
 
 def _curves(progression: Progression, out: Path) -> Path:

@@ -20,7 +20,7 @@ from .pages import embedded, missing, write_page
 from .pictures import confusion_picture
 from .train.checkpoint import committed
 from .train.curves import Curves, draw_curves
-from .train.log import read_metrics
+from .train.log import read_lines, read_metrics
 from .train.pictures import reconstructions
 from .train.progression import PLAN
 from .train.run_directory import flatten
@@ -77,10 +77,10 @@ def read_run(path: str | Path) -> Run:
         config=_object(path / "config.json"),
         environment=_object(path / "environment.json") if (path / "environment.json").is_file() else {},
         done=_object(path / "done.json") if (path / "done.json").is_file() else None,
-        train=read_metrics(metrics) if metrics.is_file() else [],
-        validation=read_metrics(metrics, "validation") if metrics.is_file() else [],
-        quarantine=_lines(path / "quarantine.jsonl"),
-        spikes=_lines(path / "spikes.jsonl"),
+        train=read_metrics(metrics),
+        validation=read_metrics(metrics, "validation"),
+        quarantine=read_lines(path / "quarantine.jsonl"),
+        spikes=read_lines(path / "spikes.jsonl"),
     )
 
 
@@ -92,18 +92,6 @@ def _object(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{path}: not an object")
     return value
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    found = []
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError:
-            continue  # cut off by a kill
-        if isinstance(entry, dict):
-            found.append(entry)
-    return found
 
 
 def write_stage_reports(progression: str | Path) -> dict[str, Any]:

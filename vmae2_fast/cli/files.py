@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, Literal
 
 import tyro
 
+from ..whole import write_json
 from .parsing import FaultsFoundError
 
 
@@ -99,8 +97,7 @@ def _told(result: dict[str, Any], summary: str, report: str | None) -> dict[str,
     for reason, paths in result["reasons"].items():
         print(f"{len(paths):>7,}  {reason}, for example {paths[0]}")
     if report is not None:
-        Path(f"{report}.partial").write_text(json.dumps(result, indent=2) + "\n")
-        os.replace(f"{report}.partial", report)
+        write_json(report, result, indent=2)
     if result["bad"]:
         where = f"; all are in {report}" if report is not None else "; --report FILE names all"
         raise FaultsFoundError(f"{result['bad']:,} of {result['files']:,} files are bad{where}", result)

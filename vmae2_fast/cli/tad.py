@@ -101,10 +101,10 @@ def scores(
         crops: views in space.
         stride: frames between two sampled frames.
     """
-    from ..data.tad import write_json
     from ..inference import load_model
     from ..tasks.features import find_videos
     from ..temporal_detection import score_videos
+    from ..whole import write_json
 
     require(bool(videos), "tad scores needs at least one video or folder of videos")
     require(min(segments, crops, stride) >= 1, "tad scores: segments, crops and stride must be at least 1")

@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from ..whole import write_json
 
 
 class TadError(ValueError):
@@ -213,17 +214,6 @@ def read_video_scores(path: str | Path) -> VideoScores:
             raise TadError(f"{path}: {video}: needs {len(classes)} scores, one a class")
         scores[video] = np.array([_number(value, f"{path}: {video}", 0) for value in values], dtype=np.float64)
     return VideoScores(tuple(classes), scores)
-
-
-def write_json(path: str | Path, value: Any) -> None:
-    """Write JSON, whole or not at all. Raises OSError."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(json.dumps(value) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_features(path: str | Path, channels: int | None = None) -> np.ndarray:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from ..whole import write_whole
 from .decode import decode_timed
 from .files import Listed, in_processes, shard_of
 from .probing import DecodeError, probe
@@ -148,6 +149,5 @@ def _write_list(listed: Listed, out: str) -> str:
     name = "list.csv" if os.path.isdir(listed.source.name) else os.path.basename(listed.source.name)
     os.makedirs(out, exist_ok=True)
     path = os.path.join(out, name)
-    Path(f"{path}.{os.getpid()}.partial").write_text("".join(lines))
-    os.replace(f"{path}.{os.getpid()}.partial", path)
+    write_whole(Path(path), lambda temporary: temporary.write_text("".join(lines)))
     return path

@@ -12,8 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..config import to_dict
+from ..whole import write_whole
 from .classify import VisionTransformer
 from .detect import Detector
 from .formats import Checkpoint, read_checkpoint
@@ -273,18 +273,6 @@ def weights_digest(model: nn.Module, *, without: tuple[str, ...] = ()) -> str:
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
-
-
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write(temporary)` make a file that then takes the place of `path`: the old content or the new, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def convert_weights(source: str | Path, target: str | Path) -> dict[str, Any]:

@@ -29,10 +29,10 @@ from ..config import (
 )
 from ..data.loader import Batch
 from ..data.synthetic import CLASSES, TARGET_CLASSES
-from ..models.weights import write_whole
 from ..tasks.pretrain import PretrainTask
 from ..train.ledger import ledger
 from ..train.loop import accumulate
+from ..whole import write_whole
 
 THREADS = 1
 """Models this small are no faster on more."""

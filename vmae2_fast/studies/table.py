@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from pathlib import Path
 from typing import Any
 
-from ..models.weights import write_whole
 from ..pictures import installed, pyplot
+from ..whole import write_json, write_whole
 
 Runs = list[dict[str, float]]
 
@@ -19,7 +18,7 @@ def write_table(table: dict[str, Any], out: Path) -> None:
     for row in table["rows"]:
         row |= summary(row["runs"])
     name = table["study"]
-    write_whole(out / f"{name}.json", lambda path: path.write_text(json.dumps(table, indent=1) + "\n"))
+    write_json(out / f"{name}.json", table, indent=1)
     write_whole(out / f"{name}.md", lambda path: path.write_text(markdown(table)))
     if installed():
         write_whole(out / f"{name}.png", lambda path: picture(table, path))

@@ -33,8 +33,9 @@ from ..data.probing import VIDEO_SUFFIXES, DecodeError, frame_rate, probe
 from ..data.tad import FEATURES_HEADER, FEATURES_VIDEOS, read_features_header
 from ..data.windows import crop_frames, squash_frames, stream_windows, window_frames
 from ..models import VisionTransformer
-from ..models.weights import weights_digest, write_whole
+from ..models.weights import weights_digest
 from ..ops.patches import IMAGENET_MEAN, IMAGENET_STD
+from ..whole import write_json, write_whole
 from .base import autocast_dtype
 
 _FREE = ("batch", "weights_file")
@@ -170,7 +171,7 @@ def open_folder(out: Path, header: dict[str, Any]) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
         if not path.exists():
-            write_whole(path, lambda temporary: temporary.write_text(json.dumps(header, indent=2) + "\n"))
+            write_json(path, header, indent=2)
             return
     except OSError as error:
         raise ValueError(f"cannot write {out}: {error.strerror or error}; choose another --out") from error

@@ -18,7 +18,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from ..models.weights import write_whole
+from ..whole import write_json, write_whole
 from .metrics.classification import Predictions
 
 HEADER = "evaluation.json"
@@ -62,7 +62,7 @@ class PredictionStore:
                         f"{self.folder} holds predictions of another evaluation ({told}); choose another --out, or --restart"
                     )
             else:
-                write_whole(header, lambda path: path.write_text(json.dumps(about, indent=2) + "\n"))
+                write_json(header, about, indent=2)
         except OSError as error:
             raise ValueError(f"cannot write {self.folder}: {error.strerror or error}; choose another --out") from error
 

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..models.weights import write_whole
+from ..whole import write_json
 
 HEADER = "cache.json"
 FREE = ("workers", "prefetch", "cache_mb", "datasets")
@@ -48,7 +48,7 @@ class TeacherCache:
                         "choose another folder or delete it"
                     )
             else:
-                write_whole(header, lambda path: path.write_text(json.dumps(about, indent=2) + "\n"))
+                write_json(header, about, indent=2)
             self._file = os.open(folder / "logits.bin", os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
             raise ValueError(f"teacher_cache {folder} cannot be used: {error.strerror or error}") from error

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from ..whole import write_whole
 
 Points = list[tuple[float, float]]
 
@@ -80,9 +81,7 @@ def draw_curves(runs: Sequence[Curves], path: str | Path) -> Path | None:
         figure.legend(axes[0].lines, [run.label for run in runs], loc="outside upper center",
                       ncols=len(runs), fontsize=9, frameon=False)  # fmt: skip
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.partial")
-    figure.savefig(temporary, dpi=110, format="png")
-    os.replace(temporary, path)
+    write_whole(path, lambda temporary: figure.savefig(temporary, dpi=110, format="png"))
     return path
 
 

@@ -28,8 +28,8 @@ class MetricsLog:
         """
         if not self.enabled or not self.path.exists():
             return
-        entries = [(line, _parse(line)) for line in self.path.read_text().splitlines()]
-        kept = [line for line, e in entries if e and (e["step"] < step or (e["step"] == step and e.get("kind", "") != again))]
+        entries = [(line, e) for line in self.path.read_text().splitlines() if (e := _parse(line)) and "step" in e]
+        kept = [line for line, e in entries if e["step"] < step or (e["step"] == step and e.get("kind", "") != again)]
         temporary = self.path.with_name(f".{self.path.name}.tmp")
         temporary.write_text("".join(line + "\n" for line in kept))
         os.replace(temporary, self.path)
@@ -79,12 +79,18 @@ def _parse(line: str) -> dict[str, Any] | None:
         entry = json.loads(line)
     except json.JSONDecodeError:
         return None
-    return entry if isinstance(entry, dict) and "step" in entry else None
+    return entry if isinstance(entry, dict) else None
+
+
+def read_lines(path: str | Path) -> list[dict[str, Any]]:
+    """The objects of a file of JSON lines, in order; what a kill cut off is left out, and there need be no file."""
+    path = Path(path)
+    return [e for line in path.read_text().splitlines() if (e := _parse(line))] if path.is_file() else []
 
 
 def read_metrics(path: str | Path, kind: str = "train") -> list[dict[str, Any]]:
     """Lines of a metrics file whose `kind` is "train" or "validation", in order."""
-    return [e for line in Path(path).read_text().splitlines() if (e := _parse(line)) and e.get("kind") == kind]
+    return [entry for entry in read_lines(path) if entry.get("kind") == kind and "step" in entry]
 
 
 def progress(name: str, total: int, done: int, *, shown: bool = True) -> tqdm[Any]:
