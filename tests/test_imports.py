@@ -14,10 +14,11 @@ PACKAGE = ROOT / "vmae2_fast"
 
 # What each floor may import of ours, besides itself. Files of the package's root that are no floor (the command line and
 # what it prints) stand at the top and may import everything.
-BESIDE = {"backend", "config", "whole"}
+BESIDE = {"backend", "config", "sharded", "whole"}
 BELOW = {
     "config": set(),
     "whole": set(),
+    "sharded": set(),
     "backend": {"_C"},
     "ops": {"backend", "_C"},
     "models": {"ops", *BESIDE},

@@ -21,7 +21,6 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
 from ..config import ModelConfig
@@ -31,6 +30,7 @@ from ..ops.linear import linear
 from ..ops.mlp import norm_mlp
 from ..ops.norm import norm_qkv, residual_norm
 from ..ops.patches import gather_patches
+from ..sharded import is_sharded
 from .sizes import ModelSpec, StackSpec
 
 ActivationCheckpoint = Literal["none", "mlp", "block"]
@@ -341,7 +341,9 @@ def stack(
 @torch.no_grad()
 def fill(parameter: Tensor, value: Tensor) -> None:
     """Write the whole tensor `value` into a parameter; into one that is sharded, this rank's slice of it."""
-    if isinstance(parameter, DTensor):
+    if is_sharded(parameter):
+        from torch.distributed.tensor import distribute_tensor
+
         placed = distribute_tensor(
             value.to(parameter.device, parameter.dtype), parameter.device_mesh, parameter.placements, src_data_rank=None
         )
@@ -388,7 +390,7 @@ def initialise(
                 rule = functools.partial(nn.init.constant_, val=part.layer_scale)
             elif isinstance(part, Attention) and name == "scale":
                 rule = functools.partial(nn.init.constant_, val=math.log(10))
-            if isinstance(value, DTensor):
+            if is_sharded(value):
                 whole = torch.empty(value.shape, dtype=value.dtype)
                 rule(whole)
                 fill(value, whole)

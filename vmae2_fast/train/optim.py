@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from ..config import OptimConfig
+from ..sharded import is_sharded
 from .adamw import make_adamw
 from .parallel import World, copies, join_like, local, norm, slice_like
 from .schedule import cosine_schedule, warmup_length
@@ -123,7 +123,7 @@ class Optimizer:
         groups = parameter_groups(model, config.weight_decay, config.layer_decay)
         self.params: dict[str, nn.Parameter] = {n: p for g in groups for n, p in zip(g["names"], g["params"])}
         # AdamW works on the slices themselves: its fused kernel takes no mixture of sharded and plain tensors.
-        self.slices = {n: nn.Parameter(local(p.detach())) if isinstance(p, DTensor) else p for n, p in self.params.items()}
+        self.slices = {n: nn.Parameter(local(p.detach())) if is_sharded(p) else p for n, p in self.params.items()}
         for group in groups:
             group["params"] = [self.slices[n] for n in group["names"]]
         self.copies = max((copies(p) for p in self.params.values()), default=0)

@@ -23,12 +23,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from ..data.loader import Batch
 from ..models.vit import Block
+from ..sharded import is_sharded
 from ..tasks import Task
 
 T = TypeVar("T")
@@ -81,7 +80,7 @@ class World:
         out = {}
         for name, tensor in tensors.items():
             value = tensor.detach()
-            value = value.full_tensor() if isinstance(value, DTensor) else value
+            value = value.full_tensor() if is_sharded(value) else value
             if not self.first:
                 continue
             if buffers is None:
@@ -226,6 +225,8 @@ def distribute(task: Task[Any], world: World) -> Loss:
                 return ddp(batch)
 
         return replicated
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
     if mode == "hsdp":
         count = shards(mode, train.shard_within, world.size, world.local_size)
         mesh = init_device_mesh(task.device.type, (world.size // count, count), mesh_dim_names=("replicate", "shard"))
@@ -255,27 +256,31 @@ def distribute(task: Task[Any], world: World) -> Loss:
 
 def local(tensor: Tensor) -> Tensor:
     """This rank's slice of a sharded tensor, sharing its memory; any other tensor as it is."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if is_sharded(tensor) else tensor
 
 
 def join_like(shard: Tensor, like: Tensor) -> Tensor:
     """This rank's slice of something split as `like` is, as one sharded tensor; as it is where `like` is whole."""
-    if not isinstance(like, DTensor):
+    if not is_sharded(like):
         return shard
+    from torch.distributed.tensor import DTensor
+
     return DTensor.from_local(shard, like.device_mesh, like.placements, shape=like.shape, stride=like.stride())
 
 
 def slice_like(value: Tensor, like: Tensor) -> Tensor:
     """This rank's slice of the whole tensor `value`, split as `like` is; nothing is communicated."""
-    if not isinstance(like, DTensor):
+    if not is_sharded(like):
         return value
+    from torch.distributed.tensor import distribute_tensor
+
     placed = distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
     return placed.to_local()
 
 
 def copies(parameter: Tensor) -> int:
     """How many copies of a sharded tensor the ranks hold together; 0: it is not sharded."""
-    if not isinstance(parameter, DTensor):
+    if not is_sharded(parameter):
         return 0
     return parameter.device_mesh.size(0) if parameter.device_mesh.ndim > 1 else 1
 
