@@ -42,6 +42,7 @@ def main() -> int:
         "UBSAN_OPTIONS": "print_stacktrace=1",
     }
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-s", "-p", "no:cacheprovider", "-m", "not cuda"]
+    command += ["-n", "auto", "--maxprocesses", "4"]
     for chosen in ([*OWN], ["-k", NATIVE, *SHARED]):
         rc = subprocess.run([*command, *chosen, *sys.argv[1:]], env=environment).returncode
         if rc:
