@@ -166,6 +166,32 @@ def test_nan_on_one_rank_skips_the_step_on_both(clips, forks, tmp_path, mode, pr
     assert (tmp_path / "digest-0").read_text() == (tmp_path / "digest-1").read_text()
 
 
+# Positions 20 to 31, the sixth to eighth step, have no finite loss on rank 1, which has the second half of each.
+BAD_CLIPS = """
+original_loss = Task.loss
+def poisoned(self, batch):
+    found = original_loss(self, batch)
+    if any(p % 4 >= 2 and 20 <= p < 32 for p in batch.position.tolist()):
+        found["loss_sum"] = found["loss_sum"] * float("nan")
+    return found
+Task.loss = poisoned
+"""
+
+
+@pytest.mark.parametrize("mode", [pytest.param("ddp", marks=full), "fsdp"])
+def test_both_ranks_go_back_and_on_behind_the_bad_clips(clips, forks, tmp_path, mode):
+    train_changes = {"max_skipped": 3, "max_rollbacks": 1}
+    codes, log = forks.run(clips, tmp_path / "one", before=BAD_CLIPS, **train_changes)
+    assert codes == [0], log
+    codes, log = forks.run(clips, tmp_path / "two", ranks=2, parallel=mode, before=BAD_CLIPS, **train_changes)
+    assert codes == [0, 0], log
+    assert log.count("Gone back to") == 1  # said by one rank
+    alone, both = (read_metrics(tmp_path / out / "tiny_pretrain" / "metrics.jsonl") for out in ("one", "two"))
+    assert [(line["step"], line["rollbacks"]) for line in both] == [(2, 0), (4, 0), (6, 1), (8, 1), (10, 1), (12, 1)]
+    assert [line["loss"] for line in both] == pytest.approx([line["loss"] for line in alone], rel=1e-5)
+    assert done(tmp_path / "two")["rollbacks"] == 1
+
+
 # Rank 1 waits for the report on itself, so that the drill needs no other clock.
 HANG = """
 import threading

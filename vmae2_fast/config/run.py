@@ -272,7 +272,11 @@ class TrainConfig:
     async_checkpoint: bool = True
     """Train on while a checkpoint is written: rank 0 keeps a copy of it in host memory."""
     max_skipped: int = 100
-    """Steps in a row that may be skipped for a non-finite loss or gradient before the run ends with exit code 3."""
+    """Steps in a row that may be skipped for a non-finite loss or gradient before the run goes back, or ends with exit code
+    3."""
+    max_rollbacks: int = 0
+    """Times a run may go back to its last checkpoint from before such steps, and on with the clips behind them, before it
+    ends; 0: it ends at once."""
     log_every: int = 10
     stuck_after: int = 1800
     """Seconds without a finished step after which every rank writes the stacks of its threads; 0: never."""
@@ -289,6 +293,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         names = ("epochs", "global_batch", "shard_within", "threads", "checkpoint_every", "keep_checkpoints", "log_every")
         at_least(self, "train", 1, *names, "max_skipped")
+        at_least(self, "train", 0, "max_rollbacks")
         whole = ("micro_batch", "validate_every", "keep_every", "stuck_after", "picture_every", "spike_factor")
         at_least(self, "train", 0, *whole)
 

@@ -147,7 +147,10 @@ def _of(rank: int) -> str:
 
 
 def commit(root: Path, snapshot: Snapshot, *, keep: int = 2, keep_every: int = 0) -> None:
-    """Write one checkpoint and delete those it makes superfluous, in this process alone. Raises CheckpointError."""
+    """Write one checkpoint and delete those it makes superfluous, in this process alone. Raises CheckpointError.
+
+    The one whose step the state calls `sound` stays as well.
+    """
     final, temporary = _place(root, snapshot.state["step"]), None
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -173,8 +176,22 @@ def commit(root: Path, snapshot: Snapshot, *, keep: int = 2, keep_every: int = 0
             shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(f"cannot write checkpoint {final}: {error}; the checkpoints before it are untouched") from error
     for old in committed(root)[:-keep] if keep > 0 else []:
-        if not keep_every or int(old.name.removeprefix("step-")) % keep_every:
+        if step_of(old) != snapshot.state.get("sound") and (not keep_every or step_of(old) % keep_every):
             _remove(old)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step of a checkpoint, from its name."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def remove_after(root: Path, step: int) -> None:
+    """Delete the checkpoints of later steps. Raises CheckpointError where that is refused."""
+    for path in [p for p in committed(root) if step_of(p) > step]:
+        try:
+            _remove(path)
+        except OSError as error:
+            raise CheckpointError(f"cannot delete {path}, which the run went back beyond: {error}") from error
 
 
 def _remove(directory: Path) -> None:
@@ -251,13 +268,14 @@ def load_checkpoint(
     return json.loads((directory / STATE).read_text())
 
 
-def newest_intact(root: Path) -> Path | None:
-    """The newest checkpoint whose hashes are right, or None if there is none at all.
+def newest_intact(root: Path, up_to: int | None = None) -> Path | None:
+    """The newest checkpoint (not after step `up_to`) whose hashes are right, or None if there is none at all.
 
     Damaged newer ones are renamed to `damaged-step-*` and reported on stderr.
     Raises CheckpointError when checkpoints exist and not one is intact.
     """
-    candidates, damaged = committed(root), []
+    candidates = [path for path in committed(root) if up_to is None or step_of(path) <= up_to]
+    damaged: list[tuple[Path, CheckpointError]] = []
     while candidates:
         directory = candidates.pop()
         try:

@@ -28,7 +28,7 @@ _LOADING = ("workers", "prefetch", "cache_mb", "timeout_s", "datasets")
 FREE = {
     "out", "cites", "views.batch", "teacher_cache",
     *(f"train.{key}" for key in ("micro_batch", "parallel", "shard_within", "threads", "checkpoint_every")),
-    *(f"train.{key}" for key in ("keep_checkpoints", "log_every", "keep_every", "async_checkpoint")),
+    *(f"train.{key}" for key in ("keep_checkpoints", "log_every", "keep_every", "async_checkpoint", "max_rollbacks")),
     *(f"train.{key}" for key in ("max_skipped", "stuck_after", "picture_every", "spike_factor", "tensorboard")),
     *(f"{data}.{key}" for data in ("data", "validation") for key in _LOADING),
 }  # fmt: skip
