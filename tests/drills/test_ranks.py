@@ -125,6 +125,27 @@ def test_two_ranks_sharded_in_float16_stay_in_the_band_of_one(clips, whole, fork
     assert done(tmp_path / "out")["skipped_steps"] == 0
 
 
+FLOAT8 = """
+import functools
+loop.check_float8 = lambda device: None
+loop.use_float8 = functools.partial(loop.use_float8, emulate=True)
+"""
+
+
+@full
+def test_two_ranks_sharded_in_float8_learn_what_copies_learn(clips, whole, forks, tmp_path):
+    """Scales are found on each rank for its own clips, so that one rank's losses are others."""
+    pytest.importorskip("torchao.float8")
+    for mode in ("ddp", "fsdp"):
+        split = {"parallel": mode, "precision": "bfloat16", "float8": True}
+        codes, log = forks.run(clips, tmp_path / mode, ranks=2, before=FLOAT8, **split)
+        assert codes == [0, 0], log
+    sharded, copied = (_losses(tmp_path / mode / "tiny_pretrain") for mode in ("fsdp", "ddp"))
+    exact = _losses(whole["directory"])
+    assert max(abs(a - b) for a, b in zip(sharded, copied)) < 0.1 * max(abs(a - b) for a, b in zip(copied, exact))
+    assert done(tmp_path / "fsdp")["skipped_steps"] == 0
+
+
 # One rank's sixth loss is not a number; in the end every rank tells the digest of its parameters.
 POISON = """
 import hashlib

@@ -257,6 +257,9 @@ class TrainConfig:
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     """bfloat16, float16: autocast, parameters and moments in float32; float16 with a loss scale that adapts itself. On a CPU
     without bfloat16 instructions bfloat16 becomes float32; float16 is emulated, which is slow."""
+    float8: bool = False
+    """Products of the transformer blocks in float8 through torchao, all else in bfloat16, which precision must be; needs a GPU
+    of compute capability 8.9. They are fast only compiled: with compile=blocks. See `train.float8`."""
     compile: Literal["none", "blocks", "model"] = "none"
     """What torch.compile gets: every transformer block by itself (fast to compile), or the whole model."""
     cuda_graph: bool = False
@@ -294,6 +297,8 @@ class TrainConfig:
         names = ("epochs", "global_batch", "shard_within", "threads", "checkpoint_every", "keep_checkpoints", "log_every")
         at_least(self, "train", 1, *names, "max_skipped")
         at_least(self, "train", 0, "max_rollbacks")
+        mixed = not self.float8 or self.precision == "bfloat16"
+        require(mixed, f"train.float8: all else is in bfloat16, but train.precision={self.precision}; set it to bfloat16")
         whole = ("micro_batch", "validate_every", "keep_every", "stuck_after", "picture_every", "spike_factor")
         at_least(self, "train", 0, *whole)
 

@@ -29,6 +29,7 @@ from .batch import split_batch
 from .checkpoint import load_checkpoint, newest_intact, remove_after
 from .clock import ForwardClock, compared
 from .execution import Eager, Graphed, accumulate, compile_model
+from .float8 import check_float8, use_float8
 from .interrupt import Interrupt
 from .log import ROLLED_BACK, Board, MetricsLog, progress
 from .memory import naming_knobs, with_micro_batch
@@ -95,12 +96,16 @@ class Trainer:
     def __init__(self, config: RunConfig, run: RunDirectory, device: torch.device, world: World) -> None:
         config = with_micro_batch(config, run.plan, device, world)
         self.config, self.run, self.world = config, run, world
-        if config.train.tensorboard:
-            Board.check()
-        torch.manual_seed(config.seed)
         train = config.train
+        if train.tensorboard:
+            Board.check()
+        if train.float8:
+            check_float8(device)
+        torch.manual_seed(config.seed)
         split = world.size > 1 and train.parallel != "ddp"
         self.task: Task[Any] = create_task(config, device, on_meta=split)  # type: ignore[arg-type]
+        if train.float8:
+            use_float8(self.task.model)
         checkpoint = world.on_first(lambda: newest_intact(run.checkpoints))
         init = config.init if checkpoint is None else None
         if not self.task.on_meta:
