@@ -31,7 +31,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .optim import Optimizer
-from .parallel import World, local, slice_like
+from .parallel import World, local, regather, slice_like
 
 TENSOR_FILES = ("model.safetensors", "optimizer.safetensors", "rng.safetensors")
 STATE, MANIFEST, COMMITTED = "state.json", "manifest.json", "COMMITTED"
@@ -261,6 +261,7 @@ def load_checkpoint(
     with torch.no_grad():
         for name, target in here.items():
             local(target).copy_(slice_like(tensors[name], target))
+    regather(model)
     states, prefix = load_file(directory / "rng.safetensors"), _of(world.rank)
     mine = {n.removeprefix(prefix): t for n, t in states.items() if n.startswith(prefix) and (prefix or "." not in n)}
     if mine:

@@ -116,7 +116,7 @@ class Trainer:
             self._load_init(init)
         if world.rank:
             torch.manual_seed(config.seed + world.rank * 2**32)  # the model is the same on all ranks, drop path is not
-        if self.task.shares_evaluation and train.parallel == "ddp":  # a sharded model's forwards need all ranks each time
+        if train.parallel == "ddp":  # a sharded model's forwards need all ranks each time
             self.task.rank, self.task.world, self.task.gather = world.rank, world.size, world.gather
         self.clock = ForwardClock(device)
         loss = self.clock.timed(loss) if world.size > 1 and not train.cuda_graph else loss  # a graph has no clocks in it

@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -251,6 +251,13 @@ def distribute(task: Task[Any], world: World) -> Loss:
         return task.loss(batch)
 
     return sharded
+
+
+def regather(model: nn.Module) -> None:
+    """Have parameters that were changed gathered anew: FSDP2 keeps what a forward without a backward gathered for the next."""
+    for part in model.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
 
 
 def local(tensor: Tensor) -> Tensor:
