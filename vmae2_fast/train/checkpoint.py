@@ -201,9 +201,14 @@ def _remove(directory: Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
 
 
+def present(root: Path) -> list[Path]:
+    """Checkpoints of `root` by their name, whole or not, oldest first."""
+    return sorted(root.glob("step-*"))
+
+
 def committed(root: Path) -> list[Path]:
     """Checkpoints of `root` that carry the commit marker, oldest first."""
-    return sorted(p for p in root.glob("step-*") if (p / COMMITTED).is_file())
+    return [p for p in present(root) if (p / COMMITTED).is_file()]
 
 
 def clean(root: Path) -> None:
@@ -227,7 +232,9 @@ def verify(directory: Path) -> None:
             path = directory / name
             if path.stat().st_size != entry["bytes"] or sha256(path) != entry["sha256"]:
                 raise CheckpointError(f"{path}: damaged (size or SHA-256 differs from {MANIFEST})")
-    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+    except CheckpointError:
+        raise
+    except (OSError, KeyError, TypeError, ValueError) as error:  # a flipped byte may be no text any more
         raise CheckpointError(f"{directory}: damaged or incomplete checkpoint: {error}") from error
 
 
@@ -272,10 +279,10 @@ def load_checkpoint(
 def newest_intact(root: Path, up_to: int | None = None) -> Path | None:
     """The newest checkpoint (not after step `up_to`) whose hashes are right, or None if there is none at all.
 
-    Damaged newer ones are renamed to `damaged-step-*` and reported on stderr.
+    Damaged newer ones, and those without the commit marker, are renamed to `damaged-step-*` and reported on stderr.
     Raises CheckpointError when checkpoints exist and not one is intact.
     """
-    candidates = [path for path in committed(root) if up_to is None or step_of(path) <= up_to]
+    candidates = [path for path in present(root) if up_to is None or step_of(path) <= up_to]
     damaged: list[tuple[Path, CheckpointError]] = []
     while candidates:
         directory = candidates.pop()
@@ -292,5 +299,6 @@ def newest_intact(root: Path, up_to: int | None = None) -> Path | None:
                 os.replace(bad, bad.with_name(f"damaged-{bad.name}"))
         return directory
     if damaged:
-        raise CheckpointError(f"{root}: no intact checkpoint is left ({damaged[0][1]}); start the run over with resume=False")
+        why = damaged[0][1]
+        raise CheckpointError(f"{root}: no intact checkpoint is left ({why}); start the run over with resume=False")
     return None
