@@ -184,6 +184,7 @@ def overview(runs: Sequence[Run]) -> Rows:
         row("seconds of training", lambda r: r.last.get("seconds")),
         row("of these waiting for clips (first process)", waiting),
         row("skipped steps", lambda r: r.last.get("skipped", 0)),
+        row("gone back to a checkpoint", lambda r: r.last.get("rollbacks", 0)),
         row("loss spikes", lambda r: len(r.spikes)),
         row("replaced clips", lambda r: r.last.get("replaced", 0)),
         row("files in quarantine", lambda r: len(r.quarantine)),
@@ -261,11 +262,12 @@ def _spike_rows(run: Run) -> list[tuple[int, str, str, str, str]]:
     """(step, loss, running median, gradient norm, clips) of the newest spikes."""
     return [
         (
-            entry["step"], _text(entry.get("loss")), _text(entry.get("median")), _text(entry.get("grad_norm")),
+            entry.get("lost_step", entry["step"]),
+            *(_text(entry.get(name)) for name in ("loss", "median", "grad_norm")),
             _some(path for batch in entry.get("batches", []) for path in batch["paths"]),
         )
         for entry in run.spikes[-_SPIKES:]
-    ]  # fmt: skip
+    ]
 
 
 def _curves(runs: Sequence[Run], names: Sequence[str]) -> str | None:

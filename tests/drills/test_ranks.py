@@ -125,6 +125,27 @@ def test_two_ranks_sharded_in_float16_stay_in_the_band_of_one(clips, whole, fork
     assert done(tmp_path / "out")["skipped_steps"] == 0
 
 
+FLOAT8 = """
+import functools
+loop.check_float8 = lambda device: None
+loop.use_float8 = functools.partial(loop.use_float8, emulate=True)
+"""
+
+
+@full
+def test_two_ranks_sharded_in_float8_learn_what_copies_learn(clips, whole, forks, tmp_path):
+    """Scales are found on each rank for its own clips, so that one rank's losses are others."""
+    pytest.importorskip("torchao.float8")
+    for mode in ("ddp", "fsdp"):
+        split = {"parallel": mode, "precision": "bfloat16", "float8": True}
+        codes, log = forks.run(clips, tmp_path / mode, ranks=2, before=FLOAT8, **split)
+        assert codes == [0, 0], log
+    sharded, copied = (_losses(tmp_path / mode / "tiny_pretrain") for mode in ("fsdp", "ddp"))
+    exact = _losses(whole["directory"])
+    assert max(abs(a - b) for a, b in zip(sharded, copied)) < 0.1 * max(abs(a - b) for a, b in zip(copied, exact))
+    assert done(tmp_path / "fsdp")["skipped_steps"] == 0
+
+
 # One rank's sixth loss is not a number; in the end every rank tells the digest of its parameters.
 POISON = """
 import hashlib
@@ -164,6 +185,32 @@ def test_nan_on_one_rank_skips_the_step_on_both(clips, forks, tmp_path, mode, pr
     assert summary["steps"] == 12
     assert all(t.isfinite().all() for t in load_file(summary["weights"]).values())
     assert (tmp_path / "digest-0").read_text() == (tmp_path / "digest-1").read_text()
+
+
+# Positions 20 to 31, the sixth to eighth step, have no finite loss on rank 1, which has the second half of each.
+BAD_CLIPS = """
+original_loss = Task.loss
+def poisoned(self, batch):
+    found = original_loss(self, batch)
+    if any(p % 4 >= 2 and 20 <= p < 32 for p in batch.position.tolist()):
+        found["loss_sum"] = found["loss_sum"] * float("nan")
+    return found
+Task.loss = poisoned
+"""
+
+
+@pytest.mark.parametrize("mode", [pytest.param("ddp", marks=full), "fsdp"])
+def test_both_ranks_go_back_and_on_behind_the_bad_clips(clips, forks, tmp_path, mode):
+    train_changes = {"max_skipped": 3, "max_rollbacks": 1}
+    codes, log = forks.run(clips, tmp_path / "one", before=BAD_CLIPS, **train_changes)
+    assert codes == [0], log
+    codes, log = forks.run(clips, tmp_path / "two", ranks=2, parallel=mode, before=BAD_CLIPS, **train_changes)
+    assert codes == [0, 0], log
+    assert log.count("Gone back to") == 1  # said by one rank
+    alone, both = (read_metrics(tmp_path / out / "tiny_pretrain" / "metrics.jsonl") for out in ("one", "two"))
+    assert [(line["step"], line["rollbacks"]) for line in both] == [(2, 0), (4, 0), (6, 1), (8, 1), (10, 1), (12, 1)]
+    assert [line["loss"] for line in both] == pytest.approx([line["loss"] for line in alone], rel=1e-5)
+    assert done(tmp_path / "two")["rollbacks"] == 1
 
 
 # Rank 1 waits for the report on itself, so that the drill needs no other clock.

@@ -32,6 +32,13 @@ def test_our_own_file_comes_back_bit_for_bit(make, tmp_path):
     assert str(report) == f"{path}: {len(state_of(saved))} tensors loaded"
 
 
+def test_the_same_weights_are_the_same_file(tmp_path):
+    model = classify()
+    for i in range(6):  # safetensors shuffles what stands beside the tensors anew each time
+        save_weights(model, tmp_path / f"{i}.safetensors", {"run": "tiny", "classes": ["saut \u00e0 ski", "\u6ed1\u96ea"]})
+    assert len({(tmp_path / f"{i}.safetensors").read_bytes() for i in range(6)}) == 1
+
+
 def test_official_file_with_its_command_line(tmp_path):
     saved, other = pretrain(), pretrain()
     official(saved, tmp_path / "checkpoint.pth")

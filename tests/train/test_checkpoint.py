@@ -82,7 +82,7 @@ def test_missing_truncated_or_foreign_files_are_found(tmp_path, harm):
         ck.newest_intact(tmp_path)
 
 
-def test_uncommitted_directories_are_ignored_and_cleaned(tmp_path, capsys):
+def test_a_directory_without_the_marker_is_set_aside_and_never_taken(tmp_path, capsys):
     model, optimizer = _trained()
     directory = ck.save_checkpoint(tmp_path, 2, model, optimizer, {})
     half = tmp_path / "step-00000009"
@@ -90,10 +90,28 @@ def test_uncommitted_directories_are_ignored_and_cleaned(tmp_path, capsys):
     (half / "model.safetensors").write_bytes(b"half")
     (tmp_path / ".tmp-abc").mkdir()
     ck.clean(tmp_path)
-    assert ck.newest_intact(tmp_path) == directory
     assert ck.committed(tmp_path) == [directory]
-    assert sorted(os.listdir(tmp_path)) == ["step-00000002", "step-00000009"]
-    assert capsys.readouterr().err == ""  # never a checkpoint, so not a damaged one either
+    assert ck.newest_intact(tmp_path) == directory
+    assert sorted(os.listdir(tmp_path)) == ["damaged-step-00000009", "step-00000002"]
+    assert "step-00000009: damaged or incomplete" in capsys.readouterr().err
+    (directory / ck.COMMITTED).unlink()
+    with pytest.raises(ck.CheckpointError, match="no intact checkpoint is left"):  # and no silent start from nothing
+        ck.newest_intact(tmp_path)
+
+
+@pytest.mark.parametrize("name", [ck.MANIFEST, ck.COMMITTED, ck.STATE])
+def test_any_flipped_bit_of_the_small_files_is_found(tmp_path, name):
+    model, optimizer = _trained()
+    directory = ck.save_checkpoint(tmp_path, 2, model, optimizer, {})
+    good = (directory / name).read_bytes()
+    for bit in range(8 * min(len(good), 40)):
+        flipped = bytearray(good)
+        flipped[bit // 8] ^= 1 << bit % 8
+        (directory / name).write_bytes(flipped)
+        with pytest.raises(ck.CheckpointError):
+            ck.verify(directory)
+    (directory / name).write_bytes(good)
+    ck.verify(directory)
 
 
 def test_keeps_the_newest(tmp_path):

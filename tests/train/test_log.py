@@ -27,7 +27,7 @@ def test_a_validation_done_again_replaces_the_first(tmp_path):
     path = tmp_path / "metrics.jsonl"
     log = _write(path, [1, 2])
     log.write(kind="validation", step=2, top1=0.25)
-    log.cut(2, again="validation")
+    log.cut(2, "validation")
     log.write(kind="validation", step=2, top1=0.5)
     assert [e["top1"] for e in read_metrics(path, "validation")] == [0.5]
     assert [e["step"] for e in read_metrics(path)] == [1, 2]

@@ -257,6 +257,9 @@ class TrainConfig:
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     """bfloat16, float16: autocast, parameters and moments in float32; float16 with a loss scale that adapts itself. On a CPU
     without bfloat16 instructions bfloat16 becomes float32; float16 is emulated, which is slow."""
+    float8: bool = False
+    """Products of the transformer blocks in float8 through torchao, all else in bfloat16, which precision must be; needs a GPU
+    of compute capability 8.9. They are fast only compiled: with compile=blocks. See `train.float8`."""
     compile: Literal["none", "blocks", "model"] = "none"
     """What torch.compile gets: every transformer block by itself (fast to compile), or the whole model."""
     cuda_graph: bool = False
@@ -272,7 +275,11 @@ class TrainConfig:
     async_checkpoint: bool = True
     """Train on while a checkpoint is written: rank 0 keeps a copy of it in host memory."""
     max_skipped: int = 100
-    """Steps in a row that may be skipped for a non-finite loss or gradient before the run ends with exit code 3."""
+    """Steps in a row that may be skipped for a non-finite loss or gradient before the run goes back, or ends with exit code
+    3."""
+    max_rollbacks: int = 0
+    """Times a run may go back to its last checkpoint from before such steps, and on with the clips behind them, before it
+    ends; 0: it ends at once."""
     log_every: int = 10
     stuck_after: int = 1800
     """Seconds without a finished step after which every rank writes the stacks of its threads; 0: never."""
@@ -289,6 +296,9 @@ class TrainConfig:
     def __post_init__(self) -> None:
         names = ("epochs", "global_batch", "shard_within", "threads", "checkpoint_every", "keep_checkpoints", "log_every")
         at_least(self, "train", 1, *names, "max_skipped")
+        at_least(self, "train", 0, "max_rollbacks")
+        mixed = not self.float8 or self.precision == "bfloat16"
+        require(mixed, f"train.float8: all else is in bfloat16, but train.precision={self.precision}; set it to bfloat16")
         whole = ("micro_batch", "validate_every", "keep_every", "stuck_after", "picture_every", "spike_factor")
         at_least(self, "train", 0, *whole)
 

@@ -112,6 +112,12 @@ class Attention(nn.Module):
         self.qkv = Linear(width, 3 * width, bias=False)
         self.proj = Linear(width, width)
 
+    def with_bias(self, qkv: Tensor) -> Tensor:
+        """qkv [B, N, 3C] with the biases of queries and values added; for a `qkv` layer that is called by itself."""
+        if self.q_bias is None or self.v_bias is None:
+            return qkv
+        return qkv + torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias)).to(qkv.dtype)
+
     def forward(self, qkv: Tensor) -> Tensor:
         """Packed [B, N, 3C] -> mixed values [B, N, C], before `proj`."""
         qkv = qkv.unflatten(2, (3, self.heads, -1))
@@ -129,7 +135,8 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """A pre-norm transformer block on the fused half-blocks; `Block(768, 12)` works in any ViT.
+    """A pre-norm transformer block on the fused half-blocks; `Block(768, 12)` works in any ViT. Where a layer of `attn` or
+    `mlp` was replaced by one of another kind (`train.float8`), that layer is called, and its half-block runs unfused.
 
     `block(x)` maps [B, N, width] to [B, N, width]. With `defer=True` it takes and returns the pending branch of the
     head of this file. `rows` keeps only some tokens behind the attention: token positions [B, K] or a slice; what
@@ -241,6 +248,9 @@ class Block(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """The stream with `branch` added, and what attention makes of it, before `proj`."""
         norm, attn = self.norm1, self.attn
+        if not isinstance(attn.qkv, Linear):
+            x, h = residual_norm(x, branch, gamma, drop, norm.weight, norm.bias, norm.eps)
+            return x, attn(attn.with_bias(attn.qkv(h)))
         x, qkv = norm_qkv(
             x, branch, gamma, drop, norm.weight, norm.bias, norm.eps, attn.qkv.weight, attn.q_bias, attn.v_bias
         )
@@ -251,13 +261,20 @@ class Block(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """The stream with `branch` added, and what the MLP makes of it."""
         norm, fc1, fc2 = self.norm2, self.mlp.fc1, self.mlp.fc2
-        run = norm_mlp
+        if isinstance(fc1, Linear) and isinstance(fc2, Linear):
+            run: Callable[..., tuple[Tensor, Tensor]] = norm_mlp
+            layers = (fc1.weight, fc1.bias, fc2.weight, fc2.bias)
+        else:
+            run, layers = self._norm_mlp_of_layers, ()
         if self.activation_checkpoint == "mlp" and torch.is_grad_enabled():
-            run = functools.partial(checkpoint, norm_mlp, use_reentrant=False, preserve_rng_state=False)
-        x, out = run(
-            x, branch, gamma, drop, norm.weight, norm.bias, norm.eps, fc1.weight, fc1.bias, fc2.weight, fc2.bias
-        )
+            run = functools.partial(checkpoint, run, use_reentrant=False, preserve_rng_state=False)
+        x, out = run(x, branch, gamma, drop, norm.weight, norm.bias, norm.eps, *layers)
         return x, out
+
+    def _norm_mlp_of_layers(self, *stream: Any) -> tuple[Tensor, Tensor]:
+        """`norm_mlp` with layers that are not ours (see `train.float8`): they are called, so nothing is fused."""
+        x, h = residual_norm(*stream)
+        return x, self.mlp.fc2(nn.functional.gelu(self.mlp.fc1(h)))
 
 
 def take_rows(x: Tensor, rows: Tensor | slice) -> Tensor:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -258,10 +259,27 @@ def _write_safetensors(state: Mapping[str, Tensor], path: Path, header: dict[str
             value = value.clone()
         seen.add(value.data_ptr())
         tensors[key] = value
+
+    def write(temporary: Path) -> None:
+        save_file(tensors, temporary, header)
+        _sort_header(temporary)
+
     try:
-        write_whole(path, lambda temporary: save_file(tensors, temporary, header))
+        write_whole(path, write)
     except SafetensorError as error:
         raise OSError(f"{path}: cannot be written: {error}") from error
+
+
+def _sort_header(path: Path) -> None:
+    """Put what stands beside the tensors in order: safetensors shuffles it, and the same weights are to be the same file."""
+    with path.open("r+b") as file:
+        (size,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= size:
+            file.seek(8)
+            file.write(text.ljust(size))
 
 
 def weights_digest(model: nn.Module, *, without: tuple[str, ...] = ()) -> str:

@@ -30,8 +30,8 @@ from ..config import (
 from ..data.loader import Batch
 from ..data.synthetic import CLASSES, TARGET_CLASSES
 from ..tasks.pretrain import PretrainTask
+from ..train.execution import accumulate
 from ..train.ledger import ledger
-from ..train.loop import accumulate
 from ..whole import write_whole
 
 THREADS = 1

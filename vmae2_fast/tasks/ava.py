@@ -30,7 +30,6 @@ class AvaTask(Task[AvaConfig]):
 
     model: Detector
     best_by = "frame_map"
-    shares_evaluation = True
 
     def __init__(self, config: AvaConfig, device: torch.device | str = "cpu") -> None:
         super().__init__(config, device)

@@ -48,9 +48,8 @@ class Task(Generic[Config]):
     model: PretrainViT | VisionTransformer | ActionFormer
     best_by: str | None = None
     """Metric of `evaluate` whose best weights a run keeps beside the last ones (`best.safetensors`)."""
-    shares_evaluation = False
-    """Whether `validation_views` gives each of `world` ranks a share of its own and `evaluate` gathers what all found."""
     rank, world = 0, 1
+    """`validation_views` gives each of `world` ranks a share of its own, and `evaluate` gathers what all found."""
     gather: Callable[[Any], list[Any]] = staticmethod(lambda value: [value])
     """A picklable value of every rank, in the order of ranks, on every rank."""
 
@@ -141,11 +140,11 @@ class Task(Generic[Config]):
         raise NotImplementedError
 
     def evaluate(self, views: Iterable[VideoViews]) -> dict[str, Any]:
-        """Metrics on given videos, in evaluation mode; plain JSON values."""
+        """Metrics on given videos, and on those that were given to the other ranks, in evaluation mode; plain JSON values."""
         raise NotImplementedError
 
     def validation_views(self, quarantine: str | os.PathLike[str] | None = None) -> EvaluationLoader:
-        """The views of `config.validation`: the centre view, unless the task's config asks for more.
+        """This rank's share of the views of `config.validation`: the centre view, unless the task's config asks for more.
 
         quarantine: JSONL file for videos that cannot be decoded; they are left out.
         """
@@ -154,8 +153,9 @@ class Task(Generic[Config]):
         model, wanted = self.config.model, getattr(self.config, "views", None)
         segments, crops = (wanted.segments, wanted.crops) if wanted else (1, 1)
         return EvaluationLoader(
-            self.config.validation, frames=model.frames, size=model.size, segments=segments, crops=crops, quarantine=quarantine
-        )
+            self.config.validation, frames=model.frames, size=model.size, segments=segments, crops=crops,
+            quarantine=quarantine, rank=self.rank, world=self.world,
+        )  # fmt: skip
 
 
 class ViewBatch(NamedTuple):

@@ -16,7 +16,7 @@ from ..data.evaluation_loader import VideoViews
 from ..data.loader import Batch
 from ..models import VisionTransformer, build_model
 from .base import Task, ViewBatch, class_labels, view_batches
-from .metrics.classification import View, classification_metrics, merge_views
+from .metrics.classification import View, classification_metrics, merge_ranks
 
 
 class ClassifyTask(Task[ClassifyConfig]):
@@ -53,7 +53,7 @@ class ClassifyTask(Task[ClassifyConfig]):
             class_labels(torch.tensor(batch.label), batch.path, classes)
             clip = shuffle_frames(batch, self.config.seed) if shuffled else batch.clip
             merged += view_rows(batch, logits_of(self, self.model, clip))
-        result = merge_views(merged)
+        result = merge_ranks(merged, self.gather)
         return classification_metrics(result.scores, result.labels)
 
 

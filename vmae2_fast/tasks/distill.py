@@ -28,7 +28,7 @@ from ..models.weights import load_weights, weights_digest
 from ..ops.masks import DualMask, dual_mask, mask_sizes
 from .base import Task, autocast_dtype, class_labels, view_batches
 from .classify import build_classifier, kept_branches, view_rows
-from .metrics.classification import classification_metrics, merge_views
+from .metrics.classification import classification_metrics, merge_ranks
 from .teacher_cache import FREE, TeacherCache
 
 
@@ -223,7 +223,8 @@ class DistillTask(Task[DistillConfig]):
             rows += len(clip)
             student += view_rows(batch, ours.double().cpu().numpy())
             teacher += view_rows(batch, theirs.double().cpu().numpy())
-        merged, taught = merge_views(student), merge_views(teacher)
+        merged, taught = (merge_ranks(found, self.gather) for found in (student, teacher))
+        kl, rows = (sum(values) for values in zip(*self.gather((kl, rows))))
         agree = merged.scores.argmax(axis=1) == taught.scores.argmax(axis=1)
         return {
             **classification_metrics(merged.scores, merged.labels),
@@ -241,9 +242,10 @@ class DistillTask(Task[DistillConfig]):
             total += self._feature_loss(batch.clip.to(self.device, non_blocking=True), mask)
             tokens += (mask.loss_index >= 0).sum()
             clips += len(batch.clip)
+        clips, counted, loss = (sum(values) for values in zip(*self.gather((clips, tokens.item(), total.item()))))
         if not clips:
             raise ValueError(f"{self.config.name}: the validation set gave no decodable video")
-        return {"clips": clips, "loss": float(total / tokens)}
+        return {"clips": clips, "loss": loss / counted}
 
 
 def _feature_student(config: DistillConfig) -> PretrainViT:

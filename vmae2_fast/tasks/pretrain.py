@@ -91,9 +91,10 @@ class PretrainTask(Task[PretrainConfig]):
             sums += torch.stack([self._sum(guess, clip, mask) for guess in guesses])
             tokens += (mask.loss_index >= 0).sum()
             clips += len(clip)
+        clips, counted, *totals = (sum(values) for values in zip(*self.gather((clips, tokens.item(), *sums.tolist()))))
         if not clips:
             raise ValueError(f"{self.config.name}: the validation set gave no decodable video")
-        loss, zero, copied = (sums / tokens).tolist()
+        loss, zero, copied = (total / counted for total in totals)
         return {
             "clips": clips,
             "loss": loss,

@@ -58,7 +58,6 @@ class TadTask(Task[TadConfig]):
 
     model: ActionFormer
     best_by = "average_map"
-    shares_evaluation = True
 
     def __init__(self, config: TadConfig, device: torch.device | str = "cpu") -> None:
         super().__init__(config, device)

@@ -200,7 +200,7 @@ def _account(stage: Stage) -> dict[str, Any]:
     if isinstance(stage, TadConfig):
         return _detector_account(stage)
     mask: MaskConfig | None = stage.mask if isinstance(stage, PretrainConfig | DistillConfig) else None
-    return ledger(stage.model, mask, precision=stage.train.precision)
+    return ledger(stage.model, mask, precision=stage.train.precision, float8=stage.train.float8)
 
 
 def _detector_account(stage: TadConfig) -> dict[str, Any]:

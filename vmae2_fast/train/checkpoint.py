@@ -31,7 +31,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .optim import Optimizer
-from .parallel import World, local, slice_like
+from .parallel import World, local, regather, slice_like
 
 TENSOR_FILES = ("model.safetensors", "optimizer.safetensors", "rng.safetensors")
 STATE, MANIFEST, COMMITTED = "state.json", "manifest.json", "COMMITTED"
@@ -147,7 +147,10 @@ def _of(rank: int) -> str:
 
 
 def commit(root: Path, snapshot: Snapshot, *, keep: int = 2, keep_every: int = 0) -> None:
-    """Write one checkpoint and delete those it makes superfluous, in this process alone. Raises CheckpointError."""
+    """Write one checkpoint and delete those it makes superfluous, in this process alone. Raises CheckpointError.
+
+    The one whose step the state calls `sound` stays as well.
+    """
     final, temporary = _place(root, snapshot.state["step"]), None
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -173,8 +176,22 @@ def commit(root: Path, snapshot: Snapshot, *, keep: int = 2, keep_every: int = 0
             shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(f"cannot write checkpoint {final}: {error}; the checkpoints before it are untouched") from error
     for old in committed(root)[:-keep] if keep > 0 else []:
-        if not keep_every or int(old.name.removeprefix("step-")) % keep_every:
+        if step_of(old) != snapshot.state.get("sound") and (not keep_every or step_of(old) % keep_every):
             _remove(old)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step of a checkpoint, from its name."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def remove_after(root: Path, step: int) -> None:
+    """Delete the checkpoints of later steps. Raises CheckpointError where that is refused."""
+    for path in [p for p in committed(root) if step_of(p) > step]:
+        try:
+            _remove(path)
+        except OSError as error:
+            raise CheckpointError(f"cannot delete {path}, which the run went back beyond: {error}") from error
 
 
 def _remove(directory: Path) -> None:
@@ -184,9 +201,14 @@ def _remove(directory: Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
 
 
+def present(root: Path) -> list[Path]:
+    """Checkpoints of `root` by their name, whole or not, oldest first."""
+    return sorted(root.glob("step-*"))
+
+
 def committed(root: Path) -> list[Path]:
     """Checkpoints of `root` that carry the commit marker, oldest first."""
-    return sorted(p for p in root.glob("step-*") if (p / COMMITTED).is_file())
+    return [p for p in present(root) if (p / COMMITTED).is_file()]
 
 
 def clean(root: Path) -> None:
@@ -210,7 +232,9 @@ def verify(directory: Path) -> None:
             path = directory / name
             if path.stat().st_size != entry["bytes"] or sha256(path) != entry["sha256"]:
                 raise CheckpointError(f"{path}: damaged (size or SHA-256 differs from {MANIFEST})")
-    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+    except CheckpointError:
+        raise
+    except (OSError, KeyError, TypeError, ValueError) as error:  # a flipped byte may be no text any more
         raise CheckpointError(f"{directory}: damaged or incomplete checkpoint: {error}") from error
 
 
@@ -244,6 +268,7 @@ def load_checkpoint(
     with torch.no_grad():
         for name, target in here.items():
             local(target).copy_(slice_like(tensors[name], target))
+    regather(model)
     states, prefix = load_file(directory / "rng.safetensors"), _of(world.rank)
     mine = {n.removeprefix(prefix): t for n, t in states.items() if n.startswith(prefix) and (prefix or "." not in n)}
     if mine:
@@ -251,13 +276,14 @@ def load_checkpoint(
     return json.loads((directory / STATE).read_text())
 
 
-def newest_intact(root: Path) -> Path | None:
-    """The newest checkpoint whose hashes are right, or None if there is none at all.
+def newest_intact(root: Path, up_to: int | None = None) -> Path | None:
+    """The newest checkpoint (not after step `up_to`) whose hashes are right, or None if there is none at all.
 
-    Damaged newer ones are renamed to `damaged-step-*` and reported on stderr.
+    Damaged newer ones, and those without the commit marker, are renamed to `damaged-step-*` and reported on stderr.
     Raises CheckpointError when checkpoints exist and not one is intact.
     """
-    candidates, damaged = committed(root), []
+    candidates = [path for path in present(root) if up_to is None or step_of(path) <= up_to]
+    damaged: list[tuple[Path, CheckpointError]] = []
     while candidates:
         directory = candidates.pop()
         try:
@@ -273,5 +299,6 @@ def newest_intact(root: Path) -> Path | None:
                 os.replace(bad, bad.with_name(f"damaged-{bad.name}"))
         return directory
     if damaged:
-        raise CheckpointError(f"{root}: no intact checkpoint is left ({damaged[0][1]}); start the run over with resume=False")
+        why = damaged[0][1]
+        raise CheckpointError(f"{root}: no intact checkpoint is left ({why}); start the run over with resume=False")
     return None

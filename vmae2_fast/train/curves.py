@@ -11,7 +11,7 @@ from ..whole import write_whole
 Points = list[tuple[float, float]]
 
 _TITLES = {"loss": "training loss", "grad_norm": "gradient norm", "lr": "learning rate", "clips_per_s": "clips/s"}
-_COUNTERS = {"step", "epoch", "seconds", "skipped", "replaced", "wait_s", "decode_s"}
+_COUNTERS = {"step", "epoch", "seconds", "skipped", "rollbacks", "replaced", "wait_s", "decode_s"}
 _VALIDATIONS = 6
 """Validation metrics that get a panel, where there is more than one validation; the last one is in the report's table."""
 _COLOURS = ("#1f5f99", "#d1601a", "#3b8f4b", "#8a4fa3")

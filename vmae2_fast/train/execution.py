@@ -1,4 +1,4 @@
-"""How the forward and backward of a micro-batch are run: eagerly, through torch.compile, or as one CUDA graph.
+"""How the forwards and backwards of a step are run: eagerly, through torch.compile, or each as one CUDA graph.
 
 All three compute the same. A graph holds the launches of forward and backward with their addresses: a step fills the static
 input, replays it, and finds loss and gradients where the capture wrote them. The optimiser stays outside, where the learning
@@ -7,6 +7,7 @@ rate of a step is a number on the host.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
@@ -137,3 +138,32 @@ class Graphed(Eager):
                     f"{list(source.shape)}"
                 )
             target.copy_(source, non_blocking=True)
+
+
+def accumulate(
+    task: Task[Any], batches: Iterator[Batch], micro_batches: int, clips: int, forward_backward: Eager | None = None
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Gradients of one global batch of `clips` clips over all ranks, taken from `micro_batches` batches of this one.
+
+    Every micro-batch's loss sum is divided by the count of the *whole* global batch before its backward, so gradients
+    add up to those of one big batch whatever the split. Where the count depends on the masks, the micro-batches are
+    held (uint8, on the host) until it is known. `forward_backward`: how each is run, and on how many ranks (None: eagerly,
+    on this one). Returns ({"loss" and the task's sums} over all ranks, paths that were replaced on this one).
+    """
+    forward_backward = forward_backward or Eager(task)
+    world = forward_backward.world
+    total: float | Tensor | None = task.static_count(clips)
+    if total is None:
+        held = [next(batches) for _ in range(micro_batches)]
+        total, batches = task.denominator(world.sum(task.count(held))), iter(held)
+    sums: dict[str, Tensor] = {}
+    replaced: list[str] = []
+    for number in range(micro_batches):
+        batch = next(batches)
+        replaced += [failure.path for failure in batch.replaced]
+        for name, value in forward_backward(batch, total, number == micro_batches - 1).items():
+            sums[name] = sums[name] + value if name in sums else value
+    if world.size > 1:
+        totals = world.sum(torch.stack([value.float() for value in sums.values()]))
+        sums = dict(zip(sums, totals.unbind()))
+    return sums, replaced

@@ -35,12 +35,13 @@ def ledger(
     *,
     precision: Precision = "bfloat16",
     views: int = 1,
+    float8: bool = False,
 ) -> dict[str, Any]:
     """The whole account of one model as plain JSON values; counts are per clip, bytes per clip or per model as named.
 
     model: a `ModelConfig` or an official name. mask: what is hidden (pre-training models only; None: the paper's default).
-    precision: autocast dtype of activations; parameters, gradients and AdamW moments are fp32. views: clips of one
-    multi-view test, which multiplies the MACs. Raises ValueError as `resolve` and `mask_sizes` do.
+    precision: autocast dtype of activations; parameters, gradients and AdamW moments are fp32. float8: as `train.float8`.
+    views: clips of one multi-view test, which multiplies the MACs. Raises ValueError as `resolve` and `mask_sizes` do.
     """
     config = ModelConfig(name=model) if isinstance(model, str) else model
     spec = resolve(config)
@@ -48,7 +49,7 @@ def ledger(
         raise ValueError(f"views must be at least 1, got {views}")
     tokens = token_counts(spec, mask or MaskConfig())
     parameters = parameter_counts(spec, config)
-    activation = activation_bytes(spec, config, tokens, BYTES[precision])
+    activation = activation_bytes(spec, config, tokens, BYTES[precision], float8)
     published, executed = (macs(spec, config, tokens, executed=flag) for flag in (False, True))
     total = parameters["total"]
     return {
@@ -139,7 +140,7 @@ def _stack_macs(part: str, stack: StackSpec, tokens: int, kept: int) -> dict[str
 
 def block_activation_bytes(
     stack: StackSpec, *, activation: int, residual: int, layer_scale: bool,
-    checkpoint: Literal["none", "mlp", "block"] = "none",
+    checkpoint: Literal["none", "mlp", "block"] = "none", fused: bool = True,
 ) -> tuple[int, int]:  # fmt: skip
     """Bytes the attention half and the MLP half of one lean block keep for the backward, per token.
 
@@ -149,6 +150,7 @@ def block_activation_bytes(
         activation M    MLP pre-activation (GELU and the norms' outputs are recomputed)
         activation D    in each half: the branch, only with LayerScale, whose gradient needs it
 
+    Not `fused` (`train.float8`), products keep their inputs too: activation D of each norm, activation M of GELU.
     `activation`, `residual`: bytes of one value (2 or 4). checkpoint="mlp": the MLP half keeps its inputs alone, of which the
     stream is the attention half's already; "block": the block keeps stream and branch. Cosine attention keeps more: it
     works on normalised copies of q and k.
@@ -157,12 +159,13 @@ def block_activation_bytes(
     if checkpoint == "block":
         return residual * d + activation * d, 0
     shared = residual * d + 8 + (activation * d if layer_scale else 0)
-    attention = shared + 4 * activation * d + 4 * stack.heads
-    return attention, activation * d if checkpoint == "mlp" else shared + activation * m
+    attention = shared + (4 if fused else 5) * activation * d + 4 * stack.heads
+    inner = activation * m if fused else activation * (d + 2 * m)
+    return attention, activation * d if checkpoint == "mlp" else shared + inner
 
 
 def activation_bytes(
-    spec: ModelSpec, config: ModelConfig, tokens: dict[str, int], activation: int
+    spec: ModelSpec, config: ModelConfig, tokens: dict[str, int], activation: int, float8: bool = False
 ) -> dict[str, dict[str, int]]:
     """What one clip keeps between forward and backward, to the byte: {"parts": by part and in total, "block": of one encoder
     and one decoder block}.
@@ -181,8 +184,9 @@ def activation_bytes(
         `folded`: a norm follows, and its output is the input of the next product."""
         activation, residual = decoding if name == "decoder" else encoding
         attention, mlp = block_activation_bytes(
-            stack, activation=activation, residual=residual, layer_scale=scaled, checkpoint=policy
-        )
+            stack, activation=activation, residual=residual, layer_scale=scaled, checkpoint=policy,
+            fused=not float8 or (name == "decoder" and config.decoder_fp32),
+        )  # fmt: skip
         block[name] = count * (attention + mlp)
         total = stack.depth * count * (attention + mlp) - (count - kept) * mlp
         if policy == "block":

@@ -6,10 +6,14 @@ import importlib.util
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
+
+ROLLED_BACK = ("rollback", "rolled_back")
+"""Kinds of lines that going back to a checkpoint writes, at its step."""
 
 
 class MetricsLog:
@@ -21,17 +25,28 @@ class MetricsLog:
     def __init__(self, path: Path, *, enabled: bool = True, board: Board | None = None) -> None:
         self.path, self.enabled, self.board = path, enabled, board
 
-    def cut(self, step: int, *, again: str | None = None) -> None:
+    def cut(self, step: int, *again: str) -> None:
         """Drop lines after `step`, and a last line that was cut off by a kill: those steps will be done again.
 
-        Lines of kind `again` at `step` itself are dropped too.
+        Lines at `step` itself whose kind is among `again` are dropped too.
         """
+        self._rewrite(
+            lambda entry: entry if entry["step"] < step or (entry["step"] == step and entry.get("kind") not in again) else None
+        )
+
+    def set_aside(self, step: int) -> None:
+        """Keep what was written after `step` when a run goes back to it: as lines of kind `rolled_back` that belong to `step`
+        and have their own step as `lost_step`."""
+        self._rewrite(
+            lambda e: e if e["step"] <= step else {**e, "kind": "rolled_back", "step": step, "lost_step": e["step"]}
+        )
+
+    def _rewrite(self, change: Callable[[dict[str, Any]], dict[str, Any] | None]) -> None:
         if not self.enabled or not self.path.exists():
             return
-        entries = [(line, e) for line in self.path.read_text().splitlines() if (e := _parse(line)) and "step" in e]
-        kept = [line for line, e in entries if e["step"] < step or (e["step"] == step and e.get("kind", "") != again)]
+        kept = [changed for e in read_lines(self.path) if "step" in e and (changed := change(e)) is not None]
         temporary = self.path.with_name(f".{self.path.name}.tmp")
-        temporary.write_text("".join(line + "\n" for line in kept))
+        temporary.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
         os.replace(temporary, self.path)
 
     def write(self, **entry: Any) -> None:

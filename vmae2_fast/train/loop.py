@@ -19,22 +19,25 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from ..config import RunConfig
 from ..data.loader import Batch
 from ..models.weights import save_weights
 from ..tasks import Task, create_task
 from .batch import split_batch
-from .checkpoint import load_checkpoint, newest_intact
+from .checkpoint import load_checkpoint, newest_intact, remove_after
 from .clock import ForwardClock, compared
-from .execution import Eager, Graphed, compile_model
+from .execution import Eager, Graphed, accumulate, compile_model
+from .float8 import check_float8, use_float8
 from .interrupt import Interrupt
-from .log import Board, MetricsLog, progress
+from .log import ROLLED_BACK, Board, MetricsLog, progress
 from .memory import naming_knobs, with_micro_batch
 from .optim import LossScale, Optimizer
 from .parallel import World, distribute, join
 from .pictures import RunPictures
 from .profile import StepProfile
+from .progress import Progress
 from .run_directory import START_OVER, RunDirectory
 from .saver import Saver
 from .spikes import WINDOW, SpikeLog
@@ -44,6 +47,10 @@ _SAVE_FAILED = 1 << 16  # beside the numbers of signals
 
 NOT_FINITE = 3
 """Exit code of a run that was ended by `train.max_skipped` steps in a row without a finite loss and gradient."""
+
+
+class _NotFinite(Exception):
+    """`train.max_skipped` steps in a row were skipped; raised on all ranks, which see the same losses and norms."""
 
 
 def train(
@@ -58,8 +65,9 @@ def train(
     profile: write a trace of a few of its steps, see `train.profile`.
 
     Summary: name, kind, device, precision, steps, epochs, clips, seconds (of training, over all sittings), clips_per_s,
-    first_loss, last_loss (mean over the last `log_every` steps), skipped_steps, replaced ({path: times} of clips that
-    could not be decoded), validation (metrics, or None), classes (names, or None), weights, directory.
+    first_loss, last_loss (mean over the last `log_every` steps), skipped_steps, rollbacks, replaced
+    ({path: times} of clips that could not be decoded), validation (metrics, or None), classes (names, or None), weights,
+    directory.
     Raises ValueError for bad input, SystemExit 128 + number after SIGTERM, SIGUSR1, SIGUSR2 or SIGINT on any rank with a
     checkpoint saved, SystemExit 3 when no step is finite any more.
     """
@@ -82,38 +90,22 @@ def train(
         return trainer.finish()
 
 
-@dataclasses.dataclass
-class Progress:
-    """What a checkpoint remembers beside tensors; plain JSON values."""
-
-    epoch_clips: int
-    """Clips of an epoch: another number means that the data changed."""
-    step: int = 0
-    position: int = 0
-    """Decodes consumed: where the data schedule goes on."""
-    seconds: float = 0.0
-    first_loss: float | None = None
-    recent: list[float] = dataclasses.field(default_factory=list)
-    """The last finite losses: as many as the log's mean and the spike log's median look at."""
-    skipped: int = 0
-    skipped_in_a_row: int = 0
-    replaced: dict[str, int] = dataclasses.field(default_factory=dict)
-    best: float | None = None
-    """Highest value so far of the metric the task keeps its best weights by."""
-
-
 class Trainer:
     """Everything one run needs while it runs, on one rank."""
 
     def __init__(self, config: RunConfig, run: RunDirectory, device: torch.device, world: World) -> None:
         config = with_micro_batch(config, run.plan, device, world)
         self.config, self.run, self.world = config, run, world
-        if config.train.tensorboard:
-            Board.check()
-        torch.manual_seed(config.seed)
         train = config.train
+        if train.tensorboard:
+            Board.check()
+        if train.float8:
+            check_float8(device)
+        torch.manual_seed(config.seed)
         split = world.size > 1 and train.parallel != "ddp"
         self.task: Task[Any] = create_task(config, device, on_meta=split)  # type: ignore[arg-type]
+        if train.float8:
+            use_float8(self.task.model)
         checkpoint = world.on_first(lambda: newest_intact(run.checkpoints))
         init = config.init if checkpoint is None else None
         if not self.task.on_meta:
@@ -124,7 +116,7 @@ class Trainer:
             self._load_init(init)
         if world.rank:
             torch.manual_seed(config.seed + world.rank * 2**32)  # the model is the same on all ranks, drop path is not
-        if self.task.shares_evaluation and train.parallel == "ddp":  # a sharded model's forwards need all ranks each time
+        if train.parallel == "ddp":  # a sharded model's forwards need all ranks each time
             self.task.rank, self.task.world, self.task.gather = world.rank, world.size, world.gather
         self.clock = ForwardClock(device)
         loss = self.clock.timed(loss) if world.size > 1 and not train.cuda_graph else loss  # a graph has no clocks in it
@@ -169,7 +161,7 @@ class Trainer:
             rank=world.rank, ranks=world.size,
         )  # fmt: skip
         for log in (self.log, self.spikes.log):
-            log.cut(self.progress.step)
+            log.cut(self.progress.step, *ROLLED_BACK)
         self.pictures = RunPictures(self.task, run, world)
         self.pending: list[dict[str, Tensor]] = []
         self.replaced: list[str] = []
@@ -199,33 +191,82 @@ class Trainer:
         profiler = StepProfile(folder, self.world, self.task.device, first=state.step, left=left)
         with self.loader, bar, watch, self.saver, profiler, out_of_memory:
             while state.step < self.total_steps:
-                self._step(batches)
-                watch.beat(state.step)
-                profiler.step()
-                # All ranks must leave after the same step, whichever of them was told to.
-                self.stop = self.world.highest(_SAVE_FAILED if self.saver.failed else interrupt.signal)
-                if self.stop == _SAVE_FAILED:
-                    self.saver.wait()
-                bar.update(1)
-                last = state.step == self.total_steps
-                if state.step % train.log_every == 0 or last:
-                    entry = self._flush()
-                    bar.set_postfix({k: entry[k] for k in ("loss", "lr", "clips_per_s", "wait_s", "replaced")})
-                if validate_every and state.step % validate_every == 0 and not last:
-                    self._validate()
-                save = state.step % train.checkpoint_every == 0 or last
-                if save or self.stop:
-                    self._save()
-                if last or self.stop:
-                    self.saver.wait()
-                if not self.stop and self.pictures.due(state.step, save):
-                    self._draw()
-                if self.stop:
-                    if self.world.first:
-                        again = "run the same command again to go on"
-                        print(f"{self.config.name}: saved step {state.step}; {again}", file=sys.stderr)
-                    raise SystemExit(128 + self.stop)
+                try:
+                    self._step(batches)
+                    watch.beat(state.step)
+                    profiler.step()
+                    # All ranks must leave after the same step, whichever of them was told to.
+                    self.stop = self.world.highest(_SAVE_FAILED if self.saver.failed else interrupt.signal)
+                    self._after_step(bar, validate_every)
+                except _NotFinite:
+                    self._roll_back()
+                bar.update(state.step - bar.n)
         interrupt.deferred = False  # from here on all is saved: a signal may end the process at once
+
+    def _after_step(self, bar: tqdm[Any], validate_every: int) -> None:
+        """Log, validate, save, draw and stop, where it is time for it."""
+        train, state = self.config.train, self.progress
+        if self.stop == _SAVE_FAILED:
+            self.saver.wait()
+        last = state.step == self.total_steps
+        if state.step % train.log_every == 0 or last:
+            entry = self._flush()
+            bar.set_postfix({k: entry[k] for k in ("loss", "lr", "clips_per_s", "wait_s", "replaced")})
+        if validate_every and state.step % validate_every == 0 and not last:
+            self._validate()
+        save = state.step % train.checkpoint_every == 0 or last
+        if save or self.stop:
+            self._save()
+        if last or self.stop:
+            self.saver.wait()
+        if not self.stop and self.pictures.due(state.step, save):
+            self._draw()
+        if self.stop:
+            if self.world.first:
+                again = "run the same command again to go on"
+                print(f"{self.config.name}: saved step {state.step}; {again}", file=sys.stderr)
+            raise SystemExit(128 + self.stop)
+
+    def _roll_back(self) -> None:
+        """Go back to the newest checkpoint from before the steps that were skipped, and on with the clips behind them.
+
+        Raises SystemExit 3 where there is none, or it was done `train.max_rollbacks` times already. Until the next checkpoint
+        nothing on disk depends on it: a run that is killed before comes to the same steps and goes back again.
+        """
+        state, train = self.progress, self.config.train
+        self.saver.wait()
+        wanted = None if state.rollbacks >= train.max_rollbacks else state.sound
+        target = None if wanted is None else self.world.on_first(lambda: newest_intact(self.run.checkpoints, wanted))
+        why = (
+            f"{self.config.name}: loss or gradient was not finite for {state.skipped_in_a_row} steps in a row, last at step "
+            f"{state.step}"
+        )
+        if target is None:
+            if self.world.first:
+                tried = f" (gone back {state.rollbacks} times)" if state.rollbacks else ""
+                print(
+                    f"{why}{tried}. Run again with --optim.clip-grad, a lower --optim.lr or a longer warm-up; what the newest "
+                    "checkpoint holds is from before",
+                    file=sys.stderr,
+                )
+            raise SystemExit(NOT_FINITE)
+        reached = state.step
+        state.go_back(Progress(**load_checkpoint(target, self.task.model, self.optimizer, world=self.world)))
+        self.world.on_first(lambda: remove_after(self.run.checkpoints, state.step))
+        self.saved_step = state.step
+        self.loader.steps = (self.loader.steps or 0) + (reached - state.step) * self.micro_batches
+        for log in (self.log, self.spikes.log):
+            log.set_aside(state.step)
+        self.log.write(
+            kind="rollback", step=state.step, lost_step=reached, position=state.position, rollbacks=state.rollbacks
+        )
+        if self.world.first:
+            print(
+                f"WARNING: {why}. Gone back to {target} ({state.rollbacks} of at most {train.max_rollbacks} times), and on "
+                f"with the clips behind these; {self.run.spikes} names what was in them",
+                file=sys.stderr,
+            )
+        self.mark = time.perf_counter()
 
     def _step(self, batches: Iterator[Batch]) -> None:
         state, clips = self.progress, self.config.train.global_batch
@@ -256,22 +297,9 @@ class Trainer:
             state.replaced = dict(Counter(state.replaced) + Counter(paths))
         self.replaced = []
         self.spikes.write(unusual, state.step - steps, table, batches)
-        for row in table:
-            state.skipped_in_a_row = state.skipped_in_a_row + 1 if row["skipped"] else 0
-            state.skipped += bool(row["skipped"])
-            if state.first_loss is None and math.isfinite(row["loss"]):
-                state.first_loss = row["loss"]
-            if math.isfinite(row["loss"]):
-                state.recent = [*state.recent, row["loss"]][-max(train.log_every, WINDOW) :]
+        state.count(table, max(train.log_every, WINDOW))
         if state.skipped_in_a_row >= train.max_skipped:
-            if self.world.first:
-                print(
-                    f"{self.config.name}: loss or gradient was not finite for {state.skipped_in_a_row} steps in a row, last "
-                    f"at step {state.step}. Run again with --optim.clip-grad, a lower --optim.lr or a longer warm-up; what "
-                    "the newest checkpoint holds is from before",
-                    file=sys.stderr,
-                )
-            raise SystemExit(NOT_FINITE)
+            raise _NotFinite
         extras = [n for n in names if n not in ("loss", "grad_norm", "skipped")]
         norm = table[-1]["grad_norm"] if table else None
         entry = {
@@ -285,6 +313,7 @@ class Trainer:
             "clips_per_s": round(steps * train.global_batch / seconds, 3),
             "seconds": round(state.seconds, 3),
             "skipped": state.skipped,
+            "rollbacks": state.rollbacks,
             **({} if (scale := self.optimizer.loss_scale) is None else {"loss_scale": scale.value.item()}),
             "replaced": sum(state.replaced.values()),
             **times,
@@ -305,6 +334,8 @@ class Trainer:
             return
         if self.pending:
             self._flush()
+        if not self.progress.skipped_in_a_row:
+            self.progress.sound = self.progress.step
         state = dataclasses.asdict(self.progress)
         self.saver.save(state.pop("step"), self.task.model, self.optimizer, state)
         self.saved_step = self.progress.step
@@ -347,7 +378,7 @@ class Trainer:
         meta = {"run": config.name, "step": state.step} | ({"classes": list(classes)} if classes else {})
         with self.optimizer.averaged():
             self._save_weights(self.run.weights, meta)
-        self.log.cut(state.step, again="validation")
+        self.log.cut(state.step, "validation")
         validation = self._validate() if config.validation is not None else None
         clips = state.step * config.train.global_batch
         summary = {
@@ -363,6 +394,7 @@ class Trainer:
             "first_loss": state.first_loss,
             "last_loss": _mean(state.recent[-config.train.log_every :]),
             "skipped_steps": state.skipped,
+            "rollbacks": state.rollbacks,
             "replaced": state.replaced,
             "validation": validation,
             "classes": list(classes) if classes else None,
@@ -371,35 +403,6 @@ class Trainer:
         }
         self.world.on_first(lambda: self.run.finish(summary))
         return summary
-
-
-def accumulate(
-    task: Task[Any], batches: Iterator[Batch], micro_batches: int, clips: int, forward_backward: Eager | None = None
-) -> tuple[dict[str, Tensor], list[str]]:
-    """Gradients of one global batch of `clips` clips over all ranks, taken from `micro_batches` batches of this one.
-
-    Every micro-batch's loss sum is divided by the count of the *whole* global batch before its backward, so gradients
-    add up to those of one big batch whatever the split. Where the count depends on the masks, the micro-batches are
-    held (uint8, on the host) until it is known. `forward_backward`: how each is run, and on how many ranks (None: eagerly,
-    on this one). Returns ({"loss" and the task's sums} over all ranks, paths that were replaced on this one).
-    """
-    forward_backward = forward_backward or Eager(task)
-    world = forward_backward.world
-    total: float | Tensor | None = task.static_count(clips)
-    if total is None:
-        held = [next(batches) for _ in range(micro_batches)]
-        total, batches = task.denominator(world.sum(task.count(held))), iter(held)
-    sums: dict[str, Tensor] = {}
-    replaced: list[str] = []
-    for number in range(micro_batches):
-        batch = next(batches)
-        replaced += [failure.path for failure in batch.replaced]
-        for name, value in forward_backward(batch, total, number == micro_batches - 1).items():
-            sums[name] = sums[name] + value if name in sums else value
-    if world.size > 1:
-        totals = world.sum(torch.stack([value.float() for value in sums.values()]))
-        sums = dict(zip(sums, totals.unbind()))
-    return sums, replaced
 
 
 def _mean(values: list[float]) -> float | None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..config import OptimConfig
 from ..sharded import is_sharded
 from .adamw import make_adamw
-from .parallel import World, copies, join_like, local, norm, slice_like
+from .parallel import World, copies, join_like, local, norm, regather, slice_like
 from .schedule import cosine_schedule, warmup_length
 
 NO_DECAY = ("pos_embed", "cls_token", "mask_token")
@@ -115,7 +115,7 @@ class Optimizer:
         world: World = World(),  # noqa: B008 (frozen)
         loss_scale: LossScale | None = None,
     ) -> None:
-        self.config, self.world, self.loss_scale = config, world, loss_scale
+        self.model, self.config, self.world, self.loss_scale = model, config, world, loss_scale
         self.total_steps = total_steps
         self.warmup = warmup_length(config.warmup_epochs, steps_per_epoch)
         self.lr = scaled_lr(config.lr, global_batch, config.lr_batch)
@@ -193,11 +193,13 @@ class Optimizer:
         kept = [p.detach().clone() for p, _ in pairs]
         for p, average in pairs:
             p.copy_(average)
+        regather(self.model)
         try:
             yield
         finally:
             for (p, _), value in zip(pairs, kept):
                 p.copy_(value)
+            regather(self.model)
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Moments and step counts as `<parameter>.<exp_avg | exp_avg_sq | step>`, moments sharded as their parameter, and the

@@ -254,6 +254,17 @@ def distribute(task: Task[Any], world: World) -> Loss:
     return sharded
 
 
+def regather(model: nn.Module) -> None:
+    """Have parameters that were changed gathered anew: FSDP2 keeps what a forward without a backward gathered for the next."""
+    if not any(is_sharded(parameter) for parameter in model.parameters()):
+        return
+    from torch.distributed.fsdp import FSDPModule
+
+    for part in model.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
+
+
 def local(tensor: Tensor) -> Tensor:
     """This rank's slice of a sharded tensor, sharing its memory; any other tensor as it is."""
     return tensor.to_local() if is_sharded(tensor) else tensor

@@ -71,7 +71,7 @@ class RunPictures:
         """Draw what there is after `step`. Training mode, generators and gradients stay as they are."""
         if self.world.first:
             self._quietly(self._curves)
-        together = self.config.train.parallel == "fsdp" and self.world.size > 1
+        together = self.config.train.parallel != "ddp" and self.world.size > 1
         if isinstance(self.task, PretrainTask) and (together or self.world.first):
             self._reconstructions(step, together)
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from .. import backend
 from ..config import RunConfig, to_dict
-from .checkpoint import clean, committed, sha256, write_json
+from .checkpoint import clean, present, sha256, write_json
 
 # What may change between two sittings of one run: where things lie, how often it is saved or shown, and how the work is
 # cut up. None of it changes the maths (micro_batch: and parallel: up to the order of summation).
@@ -28,7 +28,7 @@ _LOADING = ("workers", "prefetch", "cache_mb", "timeout_s", "datasets")
 FREE = {
     "out", "cites", "views.batch", "teacher_cache",
     *(f"train.{key}" for key in ("micro_batch", "parallel", "shard_within", "threads", "checkpoint_every")),
-    *(f"train.{key}" for key in ("keep_checkpoints", "log_every", "keep_every", "async_checkpoint")),
+    *(f"train.{key}" for key in ("keep_checkpoints", "log_every", "keep_every", "async_checkpoint", "max_rollbacks")),
     *(f"train.{key}" for key in ("max_skipped", "stuck_after", "picture_every", "spike_factor", "tensorboard")),
     *(f"{data}.{key}" for data in ("data", "validation") for key in _LOADING),
 }  # fmt: skip
@@ -107,7 +107,7 @@ class RunDirectory:
         if not resume:
             self._clear()
         now, inputs = to_dict(config), _digests(config)
-        if self.config.exists() and (self.done.exists() or committed(self.checkpoints)):
+        if self.config.exists() and (self.done.exists() or present(self.checkpoints)):
             different = differences(_read_json(self.config), json.loads(json.dumps(now)))
             if different:
                 shown = "; ".join(different[:3]) + (f" and {len(different) - 3} more" if len(different) > 3 else "")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -101,6 +101,18 @@ def merge_views(views: Iterable[View], *, scores: str = "softmax") -> Merged:
     logits = np.asarray([np.asarray(view.logits, dtype=np.float64) for _, view in rows])
     merged = merge_predictions(Predictions(table[:, 0], table[:, 1], table[:, 2], table[:, 3], logits), scores=scores)
     return merged._replace(videos=list(number))
+
+
+def merge_ranks(views: Sequence[View], gather: Callable[[Any], list[Any]]) -> Merged:
+    """`merge_views` over all ranks, each of which has all views of its videos; the same on every rank.
+
+    gather: a value of every rank, in their order, on every rank. Raises ValueError where no rank has a view.
+    """
+    parts: list[Merged] = [part for part in gather(merge_views(views) if views else None) if part is not None]
+    if not parts:
+        return merge_views(views)
+    videos = [video for part in parts for video in part.videos]
+    return Merged(videos, np.concatenate([part.scores for part in parts]), np.concatenate([part.labels for part in parts]))
 
 
 def most_confused(counts: NDArray[np.int64], pairs: int = 20) -> list[tuple[int, int, int]]:
