@@ -48,8 +48,8 @@ def torchs(lists: list[list[Tensor]], scale: Tensor | None = None) -> None:
     torch._foreach_add_(steps, 1)
     beta1, beta2 = HYPER["betas"]
     torch._fused_adamw_(
-        params, [g.clone() for g in grads], firsts, seconds, [], steps, amsgrad=False, lr=HYPER["lr"], beta1=beta1, beta2=beta2,
-        weight_decay=HYPER["weight_decay"], eps=HYPER["eps"], maximize=False, grad_scale=scale,
+        params, [g.clone() for g in grads], firsts, seconds, [], steps, amsgrad=False, lr=HYPER["lr"], beta1=beta1,
+        beta2=beta2, weight_decay=HYPER["weight_decay"], eps=HYPER["eps"], maximize=False, grad_scale=scale,
         found_inf=None if scale is None else torch.zeros(()),
     )  # fmt: skip
 
@@ -156,7 +156,8 @@ def test_float64_and_half_precision_have_the_reference_only():
 def test_opcheck():
     lists = state(shapes=[(5, 7), (3,)])
     shadows = [torch.empty(5, 7, dtype=torch.bfloat16), torch.empty(0, dtype=torch.bfloat16)]
-    opcheck(torch.ops.vmae2.adamw.default, (*lists, shadows, torch.tensor(2.0), torch.zeros(()), 0.1, 0.9, 0.95, 1e-8, 0.1, ""))
+    numbers = (torch.tensor(2.0), torch.zeros(()), 0.1, 0.9, 0.95, 1e-8, 0.1, "")
+    opcheck(torch.ops.vmae2.adamw.default, (*lists, shadows, *numbers))
 
 
 @pytest.mark.parametrize("name", backends("adamw"))

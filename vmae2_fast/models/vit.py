@@ -260,9 +260,9 @@ class Block(nn.Module):
         return x, out
 
 
-def autocast_weights(model: nn.Module) -> list[nn.Parameter]:
-    """The weights that products under autocast cast: those of every `Linear`, but with `decoder_fp32` of none behind the encoder.
-    That of the patch embedding, which is viewed as a matrix first, is not among them."""
+def autocast_weights(model: nn.Module) -> list[Tensor]:
+    """The weights that products under autocast cast: those of every `Linear`, but with `decoder_fp32` of none behind the
+    encoder. That of the patch embedding, which is viewed as a matrix first, is not among them."""
     exact = getattr(getattr(model, "config", None), "decoder_fp32", False)
     return [
         module.weight

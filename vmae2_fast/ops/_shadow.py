@@ -1,10 +1,10 @@
 """Copies of weights in bfloat16 that the optimiser writes in the pass that updates them, so that no product casts them again.
 
-A copy counts only while its weight is what it was made of: the same memory at the same version. Everything that torch records
-as a write (an update, `load_state_dict`, a swap for the moving average, an edit in place) makes it stale, and the weight is cast
-until the optimiser has written the next copy. What is written through `weight.data` torch does not record: a sample of the
-values is compared, which tells a weight that was changed as a whole. Copies belong to whoever made them, the optimiser; here are
-weak references alone.
+A copy counts only while its weight is what it was made of: the same memory at the same version. Everything that torch
+records as a write (an update, `load_state_dict`, a swap for the moving average, an edit in place) makes it stale, and the
+weight is cast until the optimiser has written the next copy. What is written through `weight.data` torch does not record: a
+sample of the values is compared, which tells a weight that was changed as a whole. Copies belong to whoever made them, the
+optimiser; here are weak references alone.
 """
 
 from __future__ import annotations

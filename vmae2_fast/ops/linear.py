@@ -1,8 +1,8 @@
 """Matrix product with a layer's weight that keeps nothing but its input: y = x weight^T + bias.
 
 Under autocast torch keeps a bfloat16 copy of every weight from forward to backward. Here the parameter itself is saved and
-cast again in the backward, which costs one pass over the weight, or none where the optimiser has left a copy (`_shadow.py`). The
-GEMM is the library's.
+cast again in the backward, which costs one pass over the weight, or none where the optimiser has left a copy (`_shadow.py`).
+The GEMM is the library's.
 """
 
 from __future__ import annotations

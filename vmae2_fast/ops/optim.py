@@ -5,9 +5,10 @@
     v = beta2 v + (1 - beta2) g^2
     p = (1 - lr weight_decay) p - lr / (1 - beta1^t) m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
 
-for step t, the one after `steps`; what `torch.optim.AdamW(fused=True)` computes, to rounding (Loshchilov & Hutter, 2019). Where
-`skipped` is 1 nothing changes, the count of steps included. A shadow is a bfloat16 copy of p, written in the same pass (see
-`_shadow.py`). Gradients are left as they are. Floor: 28 bytes a parameter read and written in float32, 30 with a shadow.
+for step t, the one after `steps`; what `torch.optim.AdamW(fused=True)` computes, to rounding (Loshchilov & Hutter, 2019).
+Where `skipped` is 1 nothing changes, the count of steps included. A shadow is a bfloat16 copy of p, written in the same pass
+(see `_shadow.py`). Gradients are left as they are. Floor: 28 bytes a parameter read and written in float32, 30 with a
+shadow.
 """
 
 from __future__ import annotations

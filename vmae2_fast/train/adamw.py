@@ -41,7 +41,7 @@ class AdamW(Protocol):
     def restore(self, state: dict[nn.Parameter, dict[str, Tensor]]) -> None: ...
 
 
-def make_adamw(groups: Groups, config: OptimConfig, lr: float, shadowed: Iterable[nn.Parameter] = ()) -> AdamW:
+def make_adamw(groups: Groups, config: OptimConfig, lr: float, shadowed: Iterable[Tensor] = ()) -> AdamW:
     """`config.implementation` over parameter groups; `shadowed` parameters get a bfloat16 copy where it is ours that runs.
 
     Raises ValueError if it is not installed or cannot run there.
@@ -92,7 +92,7 @@ def values(kept: dict[str, Tensor]) -> dict[str, Tensor]:
 class _Ours:
     """`ops.adamw`, and the shadows it writes."""
 
-    def __init__(self, groups: Groups, config: OptimConfig, lr: float, shadowed: Iterable[nn.Parameter]) -> None:
+    def __init__(self, groups: Groups, config: OptimConfig, lr: float, shadowed: Iterable[Tensor]) -> None:
         devices = {p.device.type for g in groups for p in g["params"]}
         if devices - {"cpu"}:
             raise ValueError(
@@ -102,7 +102,7 @@ class _Ours:
         self.betas, self.eps = config.betas, config.eps
         self.param_groups = [{**group, "lr": lr} for group in groups]
         self.state: dict[nn.Parameter, dict[str, Tensor]] = {}
-        self.shadows = {p: torch.empty(p.shape, dtype=torch.bfloat16) for p in shadowed}
+        self.shadows: dict[Tensor, Tensor] = {p: torch.empty(p.shape, dtype=torch.bfloat16) for p in shadowed}
 
     def set_lr(self, group: dict[str, Any], lr: float) -> None:
         group["lr"] = lr
@@ -118,7 +118,8 @@ class _Ours:
             moments = [[self.state[p][key] for p in params] for key in ("exp_avg", "exp_avg_sq", "step")]
             adamw(
                 params, [p.grad for p in params], *moments, lr=group["lr"], betas=self.betas, eps=self.eps,
-                weight_decay=group["weight_decay"], scale=scale, skipped=skipped, shadows=[self.shadows.get(p) for p in params],
+                weight_decay=group["weight_decay"], scale=scale, skipped=skipped,
+                shadows=[self.shadows.get(p) for p in params],
             )  # fmt: skip
 
     def saved(self, p: nn.Parameter) -> dict[str, Tensor]:

@@ -100,11 +100,11 @@ class LossScale:
 class Optimizer:
     """AdamW over `model` with the schedules of `config` for a run of `total_steps`.
 
-    `global_batch` sets the learning rate (see `scaled_lr`), `steps_per_epoch` turns warm-up epochs into steps.
-    A sharded model (`parallel.distribute`) is updated slice by slice, each rank its own. `loss_scale`: what the loss was
-    multiplied by before its backward. `shadows`: keep a bfloat16 copy of `models.vit.autocast_weights`, written in the pass that
-    updates them, for products under bfloat16 autocast to take; only where our own kernel runs and nothing is sharded. They
-    are not part of the state.
+    `global_batch` sets the learning rate (see `scaled_lr`), `steps_per_epoch` turns warm-up epochs into steps. A sharded
+    model (`parallel.distribute`) is updated slice by slice, each rank its own. `loss_scale`: what the loss was multiplied by
+    before its backward. `shadows`: keep a bfloat16 copy of `models.vit.autocast_weights`, written in the pass that updates
+    them, for products under bfloat16 autocast to take; only where our own kernel runs and nothing is sharded. They are not
+    part of the state.
     """
 
     def __init__(
@@ -207,7 +207,7 @@ class Optimizer:
     def state_tensors(self) -> dict[str, Tensor]:
         """Moments and step counts as `<parameter>.<exp_avg | exp_avg_sq | step>`, moments sharded as their parameter, and the
         state of the loss scale. Moments of 8 bits as they are (see `adamw.py`), of a sharded model as float32."""
-        state = {}
+        state: dict[str, Tensor] = {}
         for n, p in self.params.items():
             kept = self.adamw.saved(self.slices[n])
             if isinstance(p, DTensor):  # the blocks of a slice are not those of the whole
@@ -239,8 +239,8 @@ class Optimizer:
             p = self.params[name]
             if self.config.implementation != "torchao8bit" or isinstance(p, DTensor):
                 kept = values(kept)
-            whole = ("step", *(key for key in kept if key.endswith((SCALE, MAP))))
-            mine = {key: value if key in whole else slice_like(value, p) for key, value in kept.items()}
+            plain = ("step", *(key for key in kept if key.endswith((SCALE, MAP))))
+            mine = {key: value if key in plain else slice_like(value, p) for key, value in kept.items()}
             state[self.slices[name]] = {key: value.to(p.device) for key, value in mine.items()}
         for name, target in scale.items():
             target.copy_(tensors[name])
