@@ -83,15 +83,14 @@ struct RoiAlign {
 void roi_align_max(const RoiAlign& in, void* pooled, uint8_t* where, int threads);
 void roi_align_max_backward(const RoiAlign& in, const void* grad, const uint8_t* where, void* out, int threads);
 
-// adamw.cpp. One step of AdamW on tensors that share their hyper-parameters; see vmae2_fast/ops/optim.py. `first` and `root` are
-// 1 - beta1^step and sqrt(1 - beta2^step) of this step. A shadow, null where there is none, gets the weights as bf16.
+// adamw.cpp. One step of AdamW on tensors that share their hyper-parameters; see vmae2_fast/ops/optim.py. `step` is a number, the
+// updates a tensor has had. A shadow, null where there is none, gets the weights as bf16.
 struct AdamWTensor {
   float* param;
   const float* grad;
-  float *exp_avg, *exp_avg_sq;
+  float *exp_avg, *exp_avg_sq, *step;
   uint16_t* shadow;
   int64_t count;
-  double first, root;
 };
 struct AdamW {
   double lr, beta1, beta2, eps, weight_decay;

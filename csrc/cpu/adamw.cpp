@@ -3,6 +3,7 @@
 // A step reads 16 bytes a parameter and writes 12, 14 with a shadow: it runs at the rate of memory. All tensors are one list of
 // pieces, so that a thread does not wait at the end of each of hundreds of small ones.
 #include <algorithm>
+#include <cmath>
 #include <vector>
 
 #include "dispatch.h"
@@ -39,10 +40,11 @@ void adamw(const std::vector<AdamWTensor>& tensors, const AdamW& step, int threa
   std::vector<AdamWPiece> pieces;
   std::vector<AdamWNumbers> numbers;
   for (const AdamWTensor& t : tensors) {
+    const double now = static_cast<double>(*t.step) + 1;
     numbers.push_back({static_cast<float>(1 / step.scale), static_cast<float>(1 - step.lr * step.weight_decay),
                        static_cast<float>(1 - step.beta1), static_cast<float>(1 - step.beta2),
-                       static_cast<float>(step.beta2), static_cast<float>(1 / t.root), static_cast<float>(step.lr / t.first),
-                       static_cast<float>(step.eps)});
+                       static_cast<float>(step.beta2), static_cast<float>(1 / std::sqrt(1 - std::pow(step.beta2, now))),
+                       static_cast<float>(step.lr / (1 - std::pow(step.beta1, now))), static_cast<float>(step.eps)});
     for (int64_t begin = 0; begin < t.count; begin += kPiece) pieces.push_back({numbers.size() - 1, begin});
   }
   const auto update = VMAE2_PICK(adamw_update);
@@ -64,6 +66,8 @@ void adamw(const std::vector<AdamWTensor>& tensors, const AdamW& step, int threa
       update(t, numbers[piece.tensor]);
     }
   });
+  if (step.skipped) return;
+  for (const AdamWTensor& t : tensors) *t.step += 1;
 }
 
 }  // namespace vmae2

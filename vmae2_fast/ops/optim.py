@@ -14,6 +14,7 @@ shadow.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,32 +49,30 @@ def _native_adamw(
     params: _Tensors, grads: _Tensors, exp_avgs: _Tensors, exp_avg_sqs: _Tensors, steps: _Tensors, shadows: _Tensors,
     scale: Tensor | None, skipped: Tensor | None, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float,
 ) -> None:  # fmt: skip
-    written = [exp_avgs, exp_avg_sqs, params]
-    dense = [[t.contiguous() for t in tensors] for tensors in written]
-    kind = (torch.float32,)
-    addresses = [
-        [_native.address(t, kind, f"adamw: {name}") for t in tensors]
-        for name, tensors in zip(("exp_avgs", "exp_avg_sqs", "params"), dense, strict=True)
+    written = [params, exp_avgs, exp_avg_sqs]
+    dense = [
+        tensors if all(map(Tensor.is_contiguous, tensors)) else [t.contiguous() for t in tensors]
+        for tensors in (*written, grads)
     ]
-    gradients = [grad.contiguous() for grad in grads]
-    copies = [_native.address(s, (torch.bfloat16,), "adamw: shadows") if s.numel() else 0 for s in shadows]
+    weights, *moments, gradients = (
+        _native.addresses(tensors, torch.float32, f"adamw: {name}")
+        for tensors, name in zip(dense, ("params", "exp_avgs", "exp_avg_sqs", "grads"), strict=True)
+    )
+    given = [i for i, shadow in enumerate(shadows) if shadow.numel()]
+    copies = dict(zip(given, _native.addresses([shadows[i] for i in given], torch.bfloat16, "adamw: shadows"), strict=True))
     skip = skipped is not None and float(skipped) == 1
-    counts = [float(step) + 1 for step in steps]
     _native.run(
-        "adamw", params[0].device,
-        addresses[2], [_native.address(g, kind, "adamw: grads") for g in gradients], *addresses[:2], copies,
-        [p.numel() for p in params], [1 - beta1**t for t in counts], [(1 - beta2**t) ** 0.5 for t in counts],
-        lr, beta1, beta2, eps, weight_decay, 1.0 if scale is None else float(scale), skip,
+        "adamw", params[0].device, weights, gradients, *moments,
+        _native.addresses(steps, torch.float32, "adamw: steps"), [copies.get(i, 0) for i in range(len(params))],
+        [p.numel() for p in params], lr, beta1, beta2, eps, weight_decay, 1.0 if scale is None else float(scale), skip,
     )  # fmt: skip
-    for tensors, made in zip(written, dense, strict=True):
-        for tensor, copy in zip(tensors, made, strict=True):
+    for tensors, made in zip(written, dense):
+        for tensor, copy in zip(tensors, made, strict=True) if made is not tensors else ():
             if copy is not tensor:
                 tensor.copy_(copy)
     if not skip:
         # What torch has not seen written: graphs that saved a weight, and shadows made of it before, are out of date.
-        torch.autograd.graph.increment_version([t for tensors in written for t in tensors])
-        for step in steps:
-            step.add_(1)
+        torch.autograd.graph.increment_version([t for tensors in (*written, steps) for t in tensors])
 
 
 def _why_not_native(device: torch.device, *dtypes: torch.dtype) -> str | None:
@@ -110,6 +109,40 @@ _adamw = define(
 )
 
 
+def _alike(tensors: _Tensors, shapes: list[Any], dtypes: list[Any], devices: list[Any]) -> bool:
+    return (
+        [t.shape for t in tensors] == shapes
+        and [t.dtype for t in tensors] == dtypes
+        and [t.device for t in tensors] == devices
+    )
+
+
+def _check(params: _Tensors, lists: dict[str, Sequence[Tensor | None]]) -> None:
+    """Raise what `adamw` says."""
+    shapes, dtypes, devices = [p.shape for p in params], [p.dtype for p in params], [p.device for p in params]
+    for name, tensors in lists.items():
+        check(len(tensors) == len(params), f"adamw: {len(params)} params, but {len(tensors)} {name}")
+        if name == "steps":
+            check(all(t.numel() == 1 for t in tensors if t is not None), "adamw: steps must hold one number each")
+            continue
+        wanted = [torch.bfloat16] * len(params) if name == "shadows" else dtypes
+        # Asked of all at once: of hundreds of tensors a step, none is looked at by itself.
+        if name != "shadows" and _alike(tensors, shapes, dtypes, devices):  # type: ignore[arg-type]
+            continue
+        for shape, dtype, device, t in zip(shapes, wanted, devices, tensors, strict=True):
+            if t is None:
+                continue
+            if t.shape != shape or t.device != device:
+                raise ValueError(
+                    f"adamw: {name} of shape {tuple(t.shape)} on {t.device} "
+                    f"for a parameter of shape {tuple(shape)} on {device}"
+                )
+            if t.dtype != dtype:
+                raise TypeError(f"adamw: {name} of {t.dtype} where {dtype} is wanted")
+            if name == "shadows" and not t.is_contiguous():
+                raise ValueError(f"adamw: shadows must be contiguous, got strides {t.stride()}")
+
+
 @torch.no_grad()
 def adamw(
     params: _Tensors, grads: _Tensors, exp_avgs: _Tensors, exp_avg_sqs: _Tensors, steps: _Tensors, *,
@@ -120,7 +153,7 @@ def adamw(
 
     Args:
         params, grads, exp_avgs, exp_avg_sqs: lists of equal length, of tensors alike in shape, dtype and device.
-        steps: one-element tensors, how many updates each parameter has had.
+        steps: one-element tensors (float32 for the C++ kernel), how many updates each parameter has had.
         lr, betas, eps, weight_decay: of all of them.
         scale: scalar that gradients are divided by.
         skipped: scalar, 1 where the step is not to be taken (as `found_inf` of torch's optimisers).
@@ -129,22 +162,11 @@ def adamw(
             to. The caller keeps it alive, and keeps its hands off it.
 
     float32 on the CPU runs in C++ and gives the same bits on any number of threads and any instruction set.
-    Raises ValueError for lists or shapes that do not fit, TypeError for gradients or moments of another dtype.
+    Raises ValueError for lists or shapes that do not fit, TypeError for a dtype that does not.
     """
-    lists = {"grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "steps": steps}
-    for name, tensors in lists.items():
-        check(len(tensors) == len(params), f"adamw: {len(params)} params, but {len(tensors)} {name}")
-        for p, t in zip(params, tensors, strict=True):
-            want = t.numel() == 1 if name == "steps" else t.shape == p.shape
-            check(want, f"adamw: {name} of shape {tuple(t.shape)} for a parameter of shape {tuple(p.shape)}")
-            if name != "steps" and t.dtype != p.dtype:
-                raise TypeError(f"adamw: {name} of {t.dtype} for a parameter of {p.dtype}")
-    none = torch.empty(0, dtype=torch.bfloat16)
     given = list(shadows or [None] * len(params))
-    check(len(given) == len(params), f"adamw: {len(params)} params, but {len(given)} shadows")
-    for p, s in zip(params, given, strict=True):
-        fits = s is None or (s.shape == p.shape and s.dtype == torch.bfloat16 and s.device == p.device and s.is_contiguous())
-        check(fits, f"adamw: a shadow must be contiguous bfloat16 of its parameter's shape {tuple(p.shape)} and device")
+    _check(params, {"grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "steps": steps, "shadows": given})
+    none = torch.empty(0, dtype=torch.bfloat16)
     _adamw(
         list(params), list(grads), list(exp_avgs), list(exp_avg_sqs), list(steps), [none if s is None else s for s in given],
         scale, skipped, lr, *betas, eps, weight_decay,

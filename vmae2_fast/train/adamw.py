@@ -11,6 +11,7 @@ values of the 256 codes (`exp_avg_map`).
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import math
 from collections.abc import Iterable, Sequence
@@ -89,6 +90,13 @@ def values(kept: dict[str, Tensor]) -> dict[str, Tensor]:
     return out
 
 
+@dataclasses.dataclass
+class _Row:
+    param: nn.Parameter
+    shadow: Tensor | None
+    state: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+
+
 class _Ours:
     """`ops.adamw`, and the shadows it writes."""
 
@@ -102,24 +110,27 @@ class _Ours:
         self.betas, self.eps = config.betas, config.eps
         self.param_groups = [{**group, "lr": lr} for group in groups]
         self.state: dict[nn.Parameter, dict[str, Tensor]] = {}
-        self.shadows: dict[Tensor, Tensor] = {p: torch.empty(p.shape, dtype=torch.bfloat16) for p in shadowed}
+        copied = {p: torch.empty(p.shape, dtype=torch.bfloat16) for p in shadowed}
+        # Beside each parameter what belongs to it: looking hundreds of them up by hash would take a millisecond a step.
+        self._rows = [[_Row(p, copied.get(p)) for p in group["params"]] for group in groups]
 
     def set_lr(self, group: dict[str, Any], lr: float) -> None:
         group["lr"] = lr
 
     def update(self, scale: Tensor | None, skipped: Tensor) -> None:
-        for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            for p in params:
-                if p not in self.state:
-                    self.state[p] = {
-                        "step": torch.zeros(()), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)
-                    }  # fmt: skip
-            moments = [[self.state[p][key] for p in params] for key in ("exp_avg", "exp_avg_sq", "step")]
+        for group, rows in zip(self.param_groups, self._rows, strict=True):
+            ready = [row for row in rows if row.param.grad is not None]
+            grads = [row.param.grad for row in ready if row.param.grad is not None]
+            for row in ready:
+                if not row.state:
+                    p = row.param
+                    row.state = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+                    self.state[p] = row.state
+            params, states = [row.param for row in ready], [row.state for row in ready]
+            lists = [[state[key] for state in states] for key in (*MOMENTS, "step")]
             adamw(
-                params, [p.grad for p in params], *moments, lr=group["lr"], betas=self.betas, eps=self.eps,
-                weight_decay=group["weight_decay"], scale=scale, skipped=skipped,
-                shadows=[self.shadows.get(p) for p in params],
+                params, grads, *lists, lr=group["lr"], betas=self.betas, eps=self.eps,
+                weight_decay=group["weight_decay"], scale=scale, skipped=skipped, shadows=[row.shadow for row in ready],
             )  # fmt: skip
 
     def saved(self, p: nn.Parameter) -> dict[str, Tensor]:
@@ -127,6 +138,8 @@ class _Ours:
 
     def restore(self, state: dict[nn.Parameter, dict[str, Tensor]]) -> None:
         self.state = state
+        for row in [row for rows in self._rows for row in rows]:
+            row.state = state.get(row.param, {})
 
 
 class _Torch(torch.optim.AdamW):
