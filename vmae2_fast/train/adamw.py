@@ -66,13 +66,12 @@ def resolved(implementation: str, parameters: Iterable[Tensor]) -> str:
     return "vmae2" if ours else "torch"
 
 
-def moment_bytes(implementation: str, shape: Sequence[int]) -> int:
-    """Bytes of both moments of a float32 parameter and of its count of steps."""
-    count = math.prod(shape)
-    # torchao keeps small ones, and those that are no whole number of blocks, in float32.
-    if implementation != "torchao8bit" or count < 4096 or count % BLOCK:
-        return 8 * count + (0 if implementation == "apex" else 4)
-    return 2 * (count + 4 * (count // BLOCK) + 4 * 256) + 4
+def moment_bytes(implementation: str, shapes: Iterable[Sequence[int]]) -> int:
+    """Bytes of both moments of float32 parameters of these shapes."""
+    counts = [math.prod(shape) for shape in shapes]
+    # torchao keeps in float32 what is small or no whole number of blocks; the others have a factor a block and a table each.
+    codes = [n for n in counts if implementation == "torchao8bit" and n >= 4096 and n % BLOCK == 0]
+    return 8 * (sum(counts) - sum(codes)) + sum(2 * (n + 4 * (n // BLOCK) + 4 * 256) for n in codes)
 
 
 def values(kept: dict[str, Tensor]) -> dict[str, Tensor]:
