@@ -28,13 +28,14 @@ from vmae2_fast import backend
 from vmae2_fast.config import ModelConfig
 from vmae2_fast.models.positions import PositionTable
 from vmae2_fast.models.sizes import StackSpec, resolve
-from vmae2_fast.models.vit import PatchEmbed
+from vmae2_fast.models.vit import Block, PatchEmbed
 from vmae2_fast.ops.attention import attention as our_attention
 from vmae2_fast.ops.decoder_tokens import decoder_tokens as our_decoder_tokens
 from vmae2_fast.ops.masks import dual_mask as our_dual_mask
 from vmae2_fast.ops.masks import mask_sizes, masks_from_rng
 from vmae2_fast.ops.nms import nms_1d as our_nms_1d
 from vmae2_fast.ops.norm import residual_norm as our_residual_norm
+from vmae2_fast.ops.optim import adamw as our_adamw
 from vmae2_fast.ops.patches import gather_patches as our_gather_patches
 from vmae2_fast.ops.patches import scatter_patches as our_scatter_patches
 from vmae2_fast.ops.reconstruction import reconstruction_loss as our_reconstruction_loss
@@ -166,6 +167,17 @@ class Batch:
         shape = (*self.mask.visible_index.shape, self.spec.encoder.width)
         norm = (torch.ones(shape[2:], device=self.device), torch.zeros(shape[2:], device=self.device))
         return self.random(*shape), self.random(*shape), norm[0].requires_grad_(), norm[1].requires_grad_()
+
+    @functools.cached_property
+    def parameters(self) -> list[list[Any]]:
+        """Parameters with gradients, both moments and step counts of four blocks of the encoder, all fp32."""
+        spec = self.spec.encoder
+        block = Block(spec.width, spec.heads, spec.mlp_hidden).to(self.device)
+        params = [nn.Parameter(p.detach().clone()) for _ in range(4) for p in block.parameters()]
+        for p in params:
+            p.grad = torch.randn(p.shape, generator=self.generator, device=self.device)
+        zeros = [[torch.zeros_like(p) for p in params] for _ in range(2)]
+        return [params, *zeros, [torch.zeros((), device=self.device) for _ in params]]
 
     @functools.cached_property
     def people(self) -> tuple[Tensor, Tensor]:
@@ -451,6 +463,34 @@ def roi_align_max(x: Batch, compiled: Callable) -> Case:
         strong=each(forms, lambda form, b: form(*b.people, **options)), bytes=moved + pooled * x.dtype.itemsize,
         gradient=lambda b: (b.people[0],), backward_bytes=moved + pooled * (1 + x.dtype.itemsize),
         shapes={"features": list(features.shape), "boxes": len(boxes)},
+    )  # fmt: skip
+
+
+@case("adamw")
+def adamw(x: Batch, compiled: Callable) -> Case:
+    """A step of AdamW on the float32 parameters of four blocks of the encoder. Everybody has the same parameters and
+    gradients; without memory (betas of 0), and at a rate that changes nothing, each call computes the same. On a GPU ours is
+    torch's fused kernel, as in training."""
+    params, *moments, steps = x.parameters
+    settings: dict[str, Any] = {"lr": 1e-8, "betas": (0.0, 0.0), "eps": 1e-8, "weight_decay": 0.05}
+    foreach, fused = (torch.optim.AdamW(params, **settings, **{form: True}) for form in ("foreach", "fused"))
+    forms: dict[str, Any] = {"fused": fused}
+    if x.device.type == "cuda" and importlib.util.find_spec("amp_C"):
+        forms["apex"] = importlib.import_module("apex.optimizers").FusedAdam(params, adam_w_mode=True, **settings)
+
+    def ours(b: Batch) -> tuple[Tensor, ...]:
+        if b.device.type != "cpu":
+            return theirs(fused, b)
+        our_adamw(params, [p.grad for p in params], *moments, steps, **settings)  # type: ignore[misc]
+        return moments[0][0], moments[1][0]
+
+    def theirs(optimizer: Any, b: Batch) -> tuple[Tensor, ...]:
+        optimizer.step()
+        return optimizer.state[params[0]]["exp_avg"], optimizer.state[params[0]]["exp_avg_sq"]
+
+    return Case(
+        ours=ours, plain=functools.partial(theirs, foreach), strong=each(forms, theirs),
+        bytes=28 * sum(p.numel() for p in params), shapes={"parameters": sum(p.numel() for p in params)},
     )  # fmt: skip
 
 

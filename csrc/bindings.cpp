@@ -138,6 +138,20 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         },
         release());
 
+  m.def("adamw",
+        [](const std::vector<uintptr_t>& params, const std::vector<uintptr_t>& grads, const std::vector<uintptr_t>& exp_avgs,
+           const std::vector<uintptr_t>& exp_avg_sqs, const std::vector<uintptr_t>& steps, const std::vector<uintptr_t>& shadows,
+           const std::vector<int64_t>& counts, double lr, double beta1, double beta2, double eps, double weight_decay,
+           double scale, bool skipped, int threads) {
+          std::vector<AdamWTensor> tensors;
+          for (size_t i = 0; i < params.size(); ++i) {
+            tensors.push_back({at<float>(params.at(i)), at<const float>(grads.at(i)), at<float>(exp_avgs.at(i)),
+                               at<float>(exp_avg_sqs.at(i)), at<float>(steps.at(i)), at<uint16_t>(shadows.at(i)), counts.at(i)});
+          }
+          adamw(tensors, {lr, beta1, beta2, eps, weight_decay, scale, skipped}, threads);
+        },
+        release());
+
   m.def("nms_1d",
         [](uintptr_t segments, uintptr_t scores, uintptr_t labels, int64_t count, const std::string& method, double iou_threshold,
            double sigma, double min_score, int64_t limit, uintptr_t index, uintptr_t decayed) {

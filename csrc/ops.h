@@ -83,6 +83,22 @@ struct RoiAlign {
 void roi_align_max(const RoiAlign& in, void* pooled, uint8_t* where, int threads);
 void roi_align_max_backward(const RoiAlign& in, const void* grad, const uint8_t* where, void* out, int threads);
 
+// adamw.cpp. One step of AdamW on tensors that share their hyper-parameters; see vmae2_fast/ops/optim.py. `step` is a number, the
+// updates a tensor has had. A shadow, null where there is none, gets the weights as bf16.
+struct AdamWTensor {
+  float* param;
+  const float* grad;
+  float *exp_avg, *exp_avg_sq, *step;
+  uint16_t* shadow;
+  int64_t count;
+};
+struct AdamW {
+  double lr, beta1, beta2, eps, weight_decay;
+  double scale;  // gradients are divided by it
+  bool skipped;  // change nothing but the shadows
+};
+void adamw(const std::vector<AdamWTensor>& tensors, const AdamW& step, int threads);
+
 // nms.cpp. segments: [count, 2], start and end; index, decayed: [count], what was taken and its score then, filled up with -1 and
 // 0; of every label at most `limit`. method: hard, linear or gaussian.
 void nms_1d(const double* segments, const double* scores, const int64_t* labels, int64_t count, const std::string& method,

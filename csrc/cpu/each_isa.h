@@ -4,6 +4,8 @@
 // A header of kernels has no include and no include guard; it stands inside an anonymous namespace of its own for each set,
 // with the 16-lane vectors of lanes_<set>.h and lanes.h. It holds no lambda: clang's attribute would not reach it.
 // VMAE2_BYTES is defined where the set can pick bytes by a table; picking them one by one is slower than a strided loop.
+#include <cmath>
+
 #include "isa.h"
 #include "numeric.h"
 

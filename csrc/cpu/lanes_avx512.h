@@ -9,6 +9,8 @@ VMAE2_INLINE Floats splat(float value) { return {_mm512_set1_ps(value)}; }
 VMAE2_INLINE Floats operator+(Floats a, Floats b) { return {_mm512_add_ps(a.all, b.all)}; }
 VMAE2_INLINE Floats operator-(Floats a, Floats b) { return {_mm512_sub_ps(a.all, b.all)}; }
 VMAE2_INLINE Floats operator*(Floats a, Floats b) { return {_mm512_mul_ps(a.all, b.all)}; }
+VMAE2_INLINE Floats operator/(Floats a, Floats b) { return {_mm512_div_ps(a.all, b.all)}; }
+VMAE2_INLINE Floats square_root(Floats a) { return {_mm512_sqrt_ps(a.all)}; }
 
 // Sixteen bytes, and as floats.
 using Bytes = __m128i;

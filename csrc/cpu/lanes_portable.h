@@ -37,6 +37,16 @@ VMAE2_INLINE Floats operator*(Floats a, Floats b) {
   return a;
 }
 
+VMAE2_INLINE Floats operator/(Floats a, Floats b) {
+  for (int i = 0; i < 16; ++i) a.at[i] /= b.at[i];
+  return a;
+}
+
+VMAE2_INLINE Floats square_root(Floats a) {
+  for (float& lane : a.at) lane = std::sqrt(lane);
+  return a;
+}
+
 // Sixteen unsigned 32-bit words.
 struct Words {
   uint32_t at[16];

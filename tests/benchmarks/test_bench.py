@@ -78,7 +78,7 @@ def test_bench_ops(capsys: pytest.CaptureFixture[str]) -> None:
     cli.main(["bench", "ops", "--toy", "--rounds", "2", "--threads", "1", "--json"])
     result, table = last_line(capsys)
     keys = {"embed_vit_b", "embed_vit_g", "gather_vit_b", "scatter_vit_b", "masks"}
-    keys |= {"reconstruction_vit_b", "reconstruction_vit_g"}
+    keys |= {"reconstruction_vit_b", "reconstruction_vit_g", "adamw_vit_b"}
     for name in ("ratio_vs_plain", "ratio_vs_strong", "gb_per_s", "share_of_copy", "strong", "backend"):
         assert set(result[name]) == keys, name
     for key in keys:

@@ -9,11 +9,12 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from vmae2_fast.config import MaskConfig, ModelConfig
+from vmae2_fast.config import MaskConfig, ModelConfig, OptimConfig
 from vmae2_fast.models import build_model, model_names
 from vmae2_fast.ops.masks import dual_mask
 from vmae2_fast.ops.reconstruction import reconstruction_loss
 from vmae2_fast.train.ledger import ledger, saved_bytes, table
+from vmae2_fast.train.optim import Optimizer
 
 BASE, GIANT = "pretrain_videomae_base_patch16_224", "pretrain_videomae_giant_patch14_224"
 SMALL = {"frames": 8, "size": 32, "patch": 8, "width": 24, "depth": 3, "heads": 2}
@@ -201,6 +202,48 @@ def test_step_and_optimizer_of_the_giant() -> None:
     account = ledger(GIANT)
     assert account["flops_step"] / 1e9 == pytest.approx(1425, abs=1)  # forward and backward of what is executed
     assert account["optimizer_bytes"]["total"] == 16 * 1_026_306_560
+
+
+def _state_bytes(optimizer: Optimizer) -> int:
+    """Of the moments in memory, whatever they are made of."""
+    total = 0
+    for state in optimizer.adamw.state.values():
+        for key in ("exp_avg", "exp_avg_sq"):
+            moment = state[key]
+            parts = (moment,) if type(moment) is torch.Tensor else (moment.codes, moment.scale, moment.qmap)
+            total += sum(part.untyped_storage().nbytes() for part in parts)
+    return total
+
+
+@pytest.mark.parametrize("implementation", ["torch", "vmae2", "torchao8bit"])
+@pytest.mark.parametrize("options", [{}, {"decoder_fp32": True}, {"num_classes": 5, "pooling": "attentive"}], ids=str)
+def test_optimizer_bytes_are_those_of_a_real_step(options: dict[str, Any], implementation: Any) -> None:
+    if implementation == "torchao8bit":
+        pytest.importorskip("torchao.optim")
+    small = {**SMALL_PRETRAIN, "width": 64, "decoder_width": 32}  # wide enough for matrices of 8 bits
+    config = ModelConfig(name="vit_base_patch16_224" if "num_classes" in options else BASE, **small, **options)
+    model = build_model(config)
+    settings: dict[str, Any] = {"global_batch": 1, "total_steps": 2, "steps_per_epoch": 2, "shadows": True}
+    optimizer = Optimizer(model, OptimConfig(implementation=implementation), **settings)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step(0, torch.ones(()))
+    account = ledger(config, MaskConfig(encoder_ratio=0.75), implementation=implementation)["optimizer_bytes"]
+    assert account["moments"] == _state_bytes(optimizer)
+    assert (account["moments"] < 8 * account["parameters"] // 4) == (implementation == "torchao8bit")
+    rows = getattr(optimizer.adamw, "_rows", [])
+    copies = [row.shadow for row in (row for rows in rows for row in rows) if row.shadow is not None]
+    assert account["shadows"] == sum(copy.untyped_storage().nbytes() for copy in copies)
+    assert bool(account["shadows"]) == (implementation == "vmae2")
+    assert account["total"] == sum(value for part, value in account.items() if part != "total")
+    exact = ledger(config, MaskConfig(encoder_ratio=0.75), implementation=implementation, precision="float32")
+    assert exact["optimizer_bytes"]["shadows"] == 0
+
+
+def test_eight_bits_of_the_giant() -> None:
+    """2 bytes a parameter, 8 more for every 256, two tables a tensor, and what is small in float32."""
+    plain, account = (ledger(GIANT, implementation=name)["optimizer_bytes"] for name in ("torch", "torchao8bit"))
+    assert 2.03 < account["moments"] / (plain["parameters"] / 4) < 2.04
 
 
 def test_table_shows_both_counts_and_the_views() -> None:

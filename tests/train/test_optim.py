@@ -8,7 +8,12 @@ import pytest
 import torch
 from torch import nn
 
+from tests.models.tiny import clips, mask, pretrain
+from vmae2_fast import backend
 from vmae2_fast.config import OptimConfig
+from vmae2_fast.models import PretrainViT
+from vmae2_fast.models.vit import autocast_weights
+from vmae2_fast.ops import _shadow
 from vmae2_fast.train import adamw
 from vmae2_fast.train.optim import LossScale, Optimizer, parameter_groups, scaled_lr
 
@@ -252,41 +257,140 @@ def test_apex_needs_a_gpu(monkeypatch):
         _optimizer(_model(), implementation="apex")
 
 
-def test_eight_bits_follow_torch_and_survive_a_checkpoint():
-    """Moments of 8 bits: near torch's weights, no step where it is skipped. A checkpoint holds float32, and loading rounds it
-    to 8 bits once more: no resume to the bit."""
+def _quantised_model() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64))  # 4096 weights: torchao keeps smaller ones in float32
+
+
+def _quantised_steps(optimizer: Optimizer, model: nn.Module, numbers: range) -> None:
+    for step in numbers:
+        optimizer.zero_grad()
+        loss = model(torch.linspace(-1, 1, 128).view(2, 64).sin()).square().mean() + model[0].weight.square().mean()
+        loss.backward()
+        optimizer.step(step, loss * math.nan if step == 1 else loss)
+
+
+QUANTISED = {"lr": 1e-3, "clip_grad": 0.5, "weight_decay": 0.1}
+
+
+def test_eight_bits_follow_torch_and_resume_to_the_bit():
+    """Moments of 8 bits: near torch's weights, no step where it is skipped, and their codes go through a checkpoint."""
     pytest.importorskip("torchao.optim")
-
-    def model() -> nn.Sequential:
-        torch.manual_seed(0)
-        return nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64))  # 4096 weights: torchao keeps smaller ones in float32
-
-    def steps(optimizer: Optimizer, m: nn.Module, numbers: range) -> None:
-        for step in numbers:
-            optimizer.zero_grad()
-            loss = m(torch.linspace(-1, 1, 128).view(2, 64).sin()).square().mean() + m[0].weight.square().mean()
-            loss.backward()
-            optimizer.step(step, loss * math.nan if step == 1 else loss)
-
-    settings = {"lr": 1e-3, "clip_grad": 0.5, "weight_decay": 0.1, "implementation": "torchao8bit"}
-    ours, again, theirs = model(), model(), model()
-    first, torchs = _optimizer(ours, **settings), _optimizer(theirs, **{**settings, "implementation": "torch"})
+    ours, again, theirs = (_quantised_model() for _ in range(3))
+    first = _optimizer(ours, **QUANTISED, implementation="torchao8bit")
+    torchs = _optimizer(theirs, **QUANTISED, implementation="torch")
     for optimizer, m in ((first, ours), (torchs, theirs)):
-        steps(optimizer, m, range(4))
+        _quantised_steps(optimizer, m, range(4))
     saved = {n: t.clone() for n, t in first.state_tensors().items()}
     assert all(type(t) is torch.Tensor for t in saved.values())
     assert saved["0.weight.step"].item() == 3
-    start, moved = model()[0].weight, theirs[0].weight.detach()
+    assert saved["0.weight.exp_avg"].dtype == torch.uint8
+    start, moved = _quantised_model()[0].weight, theirs[0].weight.detach()
     assert (ours[0].weight - moved).norm() < 0.1 * (moved - start).norm()
     again.load_state_dict(ours.state_dict())
-    second = _optimizer(again, **settings)
+    second = _optimizer(again, **QUANTISED, implementation="torchao8bit")
     second.load_state_tensors(saved)
-    for name, value in second.state_tensors().items():
-        assert (value - saved[name]).norm() <= 0.02 * saved[name].norm(), name
-    before = ours[0].weight.detach().clone()
+    assert all(torch.equal(value, saved[name]) for name, value in second.state_tensors().items())
     for optimizer, m in ((first, ours), (second, again)):
-        steps(optimizer, m, range(4, 6))
-    assert (ours[0].weight - again[0].weight).norm() < 0.1 * (ours[0].weight - before).norm()
+        _quantised_steps(optimizer, m, range(4, 6))
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), again.parameters()))
+    for other in ("torch", "vmae2"):  # goes on with what the codes stand for, and back
+        third = _optimizer(again, **QUANTISED, implementation=other)
+        third.load_state_tensors({n: t.clone() for n, t in second.state_tensors().items()})
+        mine = third.state_tensors()
+        assert torch.equal(mine["0.weight.exp_avg"], second.adamw.state[again[0].weight]["exp_avg"].dequantize())
+        _quantised_steps(third, again, range(6, 7))
+        second.load_state_tensors(third.state_tensors())
+
+
+def test_codes_stand_for_the_values_of_their_table():
+    """Without torchao: two blocks of 256 codes, each with its factor."""
+    model, table = _quantised_model(), torch.linspace(-1, 1, 256)
+    codes = torch.randint(0, 256, (64, 64), dtype=torch.uint8)
+    factors = torch.rand(16)
+    weight = {"exp_avg": codes, "exp_avg_scale": factors, "exp_avg_map": table, "exp_avg_sq": torch.ones(64, 64)}
+    state = {f"0.weight.{key}": value for key, value in {**weight, "step": torch.tensor(3.0)}.items()}
+    optimizer = _optimizer(model)
+    optimizer.load_state_tensors(state)
+    expected = torch.tensor([[table[c] * f for c in row] for row, f in zip(codes.view(16, 256).tolist(), factors)])
+    assert torch.equal(optimizer.state_tensors()["0.weight.exp_avg"], expected.view(64, 64))
+    for damage in ({"exp_avg_scale": None}, {"exp_avg_map": table[:9]}, {"exp_avg_scale": factors[:15]}):
+        broken = {n: t for n, t in {**weight, **damage}.items() if t is not None}
+        with pytest.raises(ValueError, match="exp_avg is of 8 bits, but exp_avg_scale or exp_avg_map is missing or does not"):
+            optimizer.load_state_tensors({f"0.weight.{key}": value for key, value in broken.items()})
+
+
+native = pytest.mark.skipif(backend.native() is None, reason="no native extension")
+
+
+@native
+def test_ours_runs_on_a_cpu_where_its_kernel_is_there_and_takes_float32(monkeypatch):
+    assert isinstance(_optimizer(_model()).adamw, adamw._Ours)
+    assert isinstance(_optimizer(_model().double()).adamw, torch.optim.AdamW)
+    with backend.use_backend("reference"):
+        assert isinstance(_optimizer(_model()).adamw, torch.optim.AdamW)
+    with pytest.raises(ValueError, match=r"optim\.implementation=vmae2 runs on the cpu only, not on meta"):
+        _optimizer(_model().to("meta"), implementation="vmae2")
+
+
+@native
+@pytest.mark.parametrize("clip", [None, 0.5])
+def test_ours_equals_torch_and_goes_on_where_torch_stopped(clip):
+    """Decay, layer by layer too, clipping, a skipped step, and a checkpoint that passes from one to the other and back."""
+    config = {"weight_decay": 0.1, "clip_grad": clip, "ema_decay": 0.9}
+    model, other = _model(), _model()
+    ours, torchs = _optimizer(model, implementation="vmae2", **config), _optimizer(other, implementation="torch", **config)
+    for optimizer, m in ((ours, model), (torchs, other)):
+        _steps(optimizer, m, range(5), poisoned=2)
+    for _ in range(2):
+        a, b = ours.state_tensors(), torchs.state_tensors()
+        assert a.keys() == b.keys()
+        pairs = [*((a[name], b[name]) for name in b), *zip(model.parameters(), other.parameters())]
+        for x, y in pairs:
+            assert (x - y).norm() <= 1e-6 * y.norm()
+        ours.load_state_tensors({n: t.clone() for n, t in b.items()})
+        torchs.load_state_tensors({n: t.clone() for n, t in a.items()})
+        for optimizer, m in ((ours, model), (torchs, other)):
+            _steps(optimizer, m, range(5, 8))
+
+
+@native
+def test_a_run_with_shadows_has_the_bits_of_one_without_and_saves_none():
+    def run(shadows: bool, resumed: bool) -> tuple[PretrainViT, Optimizer]:
+        torch.manual_seed(0)
+        model, settings = pretrain(depth=2), {"global_batch": 1, "total_steps": 9, "steps_per_epoch": 9}
+        lists, video = mask(model, 2), clips(2)
+        made = Optimizer(model, OptimConfig(lr=0.01, lr_batch=0, ema_decay=0.5), **settings, shadows=shadows)
+        for step in range(4):
+            if step == 2:
+                with made.averaged(), torch.autocast("cpu", torch.bfloat16):
+                    averages.append(model(video, lists).detach())
+            if resumed and step == 3:
+                state = {n: t.clone() for n, t in made.state_tensors().items()}
+                weights = {n: t.clone() for n, t in model.state_dict().items()}
+                model = pretrain(depth=2)
+                model.load_state_dict(weights)
+                made = Optimizer(model, OptimConfig(lr=0.01, lr_batch=0, ema_decay=0.5), **settings, shadows=shadows)
+                made.load_state_tensors(state)
+            made.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = model(video, lists).float().square().mean()
+            loss.backward()
+            made.step(step, loss)
+        return model, made
+
+    averages: list[torch.Tensor] = []
+    (plain, without), *others = run(False, False), run(True, False), run(True, True)
+    for model, optimizer in others:
+        assert all(torch.equal(a, b) for a, b in zip(plain.state_dict().values(), model.state_dict().values()))
+        state, expected = optimizer.state_tensors(), without.state_tensors()
+        assert state.keys() == expected.keys()
+        assert all(torch.equal(state[name], expected[name]) for name in expected)
+        cast = autocast_weights(model)
+        assert len(cast) == 4 * 4 + 2  # qkv, proj, fc1, fc2 of four blocks, encoder_to_decoder, head
+        assert all(_shadow.cast(w, torch.bfloat16) is _shadow.cast(w, torch.bfloat16) for w in cast)
+        assert _shadow.cast(model.mask_token, torch.bfloat16) is not _shadow.cast(model.mask_token, torch.bfloat16)
+    assert all(torch.equal(averages[0], a) for a in averages[1:])
 
 
 def _scaled(scale: LossScale, **config) -> tuple[nn.Module, Optimizer]:

@@ -25,6 +25,7 @@ def ledger(
     layer_scale: float = 0.0,
     drop_path: float = 0.0,
     decoder_fp32: bool = False,
+    optimizer: Literal["auto", "vmae2", "torch", "apex", "torchao8bit"] = "torch",
     mask: MaskConfig = _DUAL,
 ) -> dict[str, Any]:
     """Print a model's parameters, tokens, multiply-accumulates and bytes before anything runs.
@@ -49,6 +50,7 @@ def ledger(
         layer_scale: initial value of the branch scales; above 0 a block keeps its branches.
         drop_path: of the last block.
         decoder_fp32: the decoder outside autocast.
+        optimizer: who computes AdamW, `optim.implementation` of a recipe.
         mask: dual masking of pre-training models.
     """
     from ..train.ledger import ledger as account
@@ -59,7 +61,7 @@ def ledger(
         activation_checkpoint=activation_checkpoint, layer_scale=layer_scale, drop_path=drop_path,
         decoder_fp32=decoder_fp32,
     )  # fmt: skip
-    result = account(config, mask, precision=precision, views=views)
+    result = account(config, mask, precision=precision, views=views, implementation=optimizer)
     print(table(result))
     return result
 

@@ -207,9 +207,9 @@ class ViewsConfig:
 class OptimConfig:
     """AdamW, layer-wise decay, linear warm-up then cosine per step."""
 
-    implementation: Literal["torch", "apex", "torchao8bit"] = "torch"
-    """Who computes AdamW: torch's fused kernel, NVIDIA apex's FusedAdam (GPU), or torchao's with moments of 8 bits (which
-    resumes to within their rounding, not to the bit)."""
+    implementation: Literal["auto", "vmae2", "torch", "apex", "torchao8bit"] = "auto"
+    """Who computes AdamW: our one-pass kernel (CPU), torch's fused one, NVIDIA apex's FusedAdam (GPU), or torchao's with
+    moments of 8 bits. auto: vmae2 on a CPU where the native kernels were built, else torch."""
     lr: float = 1.5e-4
     """Base learning rate; the real one is lr * global batch / `lr_batch`."""
     lr_batch: int = 256

@@ -277,6 +277,17 @@ class Block(nn.Module):
         return x, self.mlp.fc2(nn.functional.gelu(self.mlp.fc1(h)))
 
 
+def autocast_weights(model: nn.Module) -> list[Tensor]:
+    """The weights that products under autocast cast: those of every `Linear`, but with `decoder_fp32` of none behind the
+    encoder. That of the patch embedding, which is viewed as a matrix first, is not among them."""
+    exact = getattr(getattr(model, "config", None), "decoder_fp32", False)
+    return [
+        module.weight
+        for name, module in model.named_modules()
+        if isinstance(module, Linear) and not (exact and name.startswith(("decoder.", "encoder_to_decoder")))
+    ]
+
+
 def take_rows(x: Tensor, rows: Tensor | slice) -> Tensor:
     """Tokens of x [B, N, D] at a slice, or at positions [B, K] of each sample: [B, K, D]."""
     if isinstance(rows, slice):

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .. import backend
 from ._register import check, kernel, register_backends
+from ._shadow import cast
 
 STREAM = "Tensor x, Tensor? branch, Tensor? gamma, Tensor? drop, Tensor norm_weight, Tensor norm_bias, float eps"
 STREAM_BACKWARD = (
@@ -111,7 +112,7 @@ def stream_forward(
 
 def linear(rows: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """rows [M, K] times the transpose of weight [O, K], plus bias [O], in `dtype`."""
-    transposed = weight.to(dtype).t()
+    transposed = cast(weight, dtype).t()
     rows = rows.to(dtype)
     return torch.mm(rows, transposed) if bias is None else torch.addmm(bias.to(dtype), rows, transposed)
 

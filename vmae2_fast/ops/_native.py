@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -67,3 +68,13 @@ def address(tensor: Tensor, dtypes: tuple[torch.dtype, ...], name: str) -> int:
     if tensor.is_neg():
         raise ValueError(f"{name}: must not be a lazily negated view")
     return tensor.data_ptr()
+
+
+def addresses(tensors: Sequence[Tensor], dtype: torch.dtype, name: str) -> list[int]:
+    """`address` of each of many tensors; hundreds in the time of a few."""
+    # Each question to all of them at a time: a loop over the tensors costs as much as the smaller kernels.
+    plain = {type(t) for t in tensors} <= set(_PLAIN) and {t.dtype for t in tensors} <= {dtype}
+    plain = plain and {t.layout for t in tensors} <= {torch.strided}
+    if not plain or not all(map(Tensor.is_contiguous, tensors)) or any(map(Tensor.is_neg, tensors)):
+        return [address(t, (dtype,), name) for t in tensors]
+    return [t.data_ptr() for t in tensors]

@@ -1,7 +1,8 @@
 """Matrix product with a layer's weight that keeps nothing but its input: y = x weight^T + bias.
 
 Under autocast torch keeps a bfloat16 copy of every weight from forward to backward. Here the parameter itself is saved and
-cast again in the backward, which costs one pass over the weight. The GEMM is the library's.
+cast again in the backward, which costs one pass over the weight, or none where the optimiser has left a copy (`_shadow.py`).
+The GEMM is the library's.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from . import _half_block as hb
 from ._register import check, define
+from ._shadow import cast
 
 
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -25,7 +27,7 @@ def _gradients(
     grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, needs: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows = grad.reshape(-1, weight.shape[0])
-    dx = torch.mm(rows, weight.to(rows.dtype)).to(x.dtype).view(x.shape) if needs[0] else x.new_empty(0)
+    dx = torch.mm(rows, cast(weight, rows.dtype)).to(x.dtype).view(x.shape) if needs[0] else x.new_empty(0)
     dweight = hb.weight_grad(rows, x.reshape(-1, x.shape[-1]), weight, needs[1])
     return dx, dweight, hb.bias_grad(rows, bias, needs[2])
 

@@ -18,6 +18,7 @@ from torch.utils.flop_counter import register_flop_formula
 from .. import backend
 from . import _half_block as hb
 from ._register import define
+from ._shadow import cast
 
 
 def _norm_mlp_forward(
@@ -68,13 +69,13 @@ def _norm_mlp_gradients(
     u = pre_activation.reshape(-1, fc2_weight.shape[1])
     dfc2 = hb.weight_grad(grad, torch.nn.functional.gelu(u), fc2_weight, True) if needs[5] else x.new_empty(0)
     dfc2_bias = hb.bias_grad(grad, fc2_bias, needs[6])
-    du = torch.ops.aten.gelu_backward.default(torch.mm(grad, fc2_weight.to(grad.dtype)), u)
+    du = torch.ops.aten.gelu_backward.default(torch.mm(grad, cast(fc2_weight, grad.dtype)), u)
     if needs[3]:
         dfc1 = hb.weight_grad(du, stream.norm_rows(x, norm_weight, norm_bias, eps, du.dtype), fc1_weight, True)
     else:
         dfc1 = x.new_empty(0)
     dfc1_bias = hb.bias_grad(du, fc1_bias, needs[4])
-    grad_h = torch.mm(du, fc1_weight.to(du.dtype)).view(x.shape)
+    grad_h = torch.mm(du, cast(fc1_weight, du.dtype)).view(x.shape)
     del du
     grads = stream.backward(
         grad_x, grad_h, x, mean, rstd, branch, gamma, drop, norm_weight, norm_bias, branch_dtype, needs

@@ -20,6 +20,7 @@ from torch.utils.flop_counter import register_flop_formula
 from .. import backend
 from . import _half_block as hb
 from ._register import check, define, register_backends
+from ._shadow import cast
 
 
 def _norm_qkv_forward(
@@ -69,7 +70,7 @@ def _norm_qkv_gradients(
         del h
     else:
         dweight = x.new_empty(0)
-    grad_h = torch.mm(grad, qkv_weight.to(grad.dtype)).view(x.shape)
+    grad_h = torch.mm(grad, cast(qkv_weight, grad.dtype)).view(x.shape)
     grads = stream.backward(
         grad_x, grad_h, x, mean, rstd, branch, gamma, drop, norm_weight, norm_bias, branch_dtype, needs
     )

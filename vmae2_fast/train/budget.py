@@ -19,6 +19,7 @@ from ..data.labelled_sets import PUBLISHED_CLIPS
 from ..models import VisionTransformer, build_model
 from ..models.actionformer import ActionFormer
 from ..models.sizes import resolve
+from .adamw import moment_bytes
 from .batch import micro_batches as possible_micro_batches
 from .batch import split_batch
 from .ledger import BYTES, knobs, ledger, saved_bytes
@@ -82,8 +83,8 @@ def epoch_clips(stage: Stage) -> int | None:
 def rank_bytes(stage: Stage, ranks: int, local_ranks: int | None = None) -> dict[str, int]:
     """Bytes of one of `ranks` GPUs: parameters, gradients, optimizer, activations, workspace, total.
 
-    Parameters, gradients and moments are fp32, with "fsdp" split over the ranks, with "hsdp" over the `local_ranks` of a
-    machine (default: all). Activations are those of a micro-batch
+    Parameters and gradients are fp32, moments as `optim.implementation` keeps them; with "fsdp" split over the ranks, with
+    "hsdp" over the `local_ranks` of a machine (default: all). Activations are those of a micro-batch
     (see `ledger.activation_bytes`). Workspace, an estimate: 16-bit copies of the weights under autocast, whole blocks while
     they are gathered ("fsdp", "hsdp", in the autocast dtype), the widest gradients of one block's MLP, a teacher's weights.
     Raises ValueError as `split_batch` does.
@@ -112,7 +113,7 @@ def rank_bytes(stage: Stage, ranks: int, local_ranks: int | None = None) -> dict
     out = {
         "parameters": -(-4 * total // split),
         "gradients": -(-4 * trained // split),
-        "optimizer": -(-(8 + 4 * (stage.optim.ema_decay is not None)) * trained // split),
+        "optimizer": -(-(_moments(stage, trained) + 4 * trained * (stage.optim.ema_decay is not None)) // split),
         "activations": kept,
         "workspace": workspace,
     }
@@ -185,15 +186,31 @@ def budget(stage: Stage, options: BudgetOptions) -> dict[str, Any]:
     }
 
 
+def _trained_shapes(stage: Stage) -> list[torch.Size]:
+    """Shapes of the parameters that get gradients."""
+    with torch.device("meta"):
+        if isinstance(stage, TadConfig):
+            model: Any = _detector(stage)
+        else:
+            model = build_model(stage.model)
+            if isinstance(stage, ClassifyConfig) and stage.frozen:
+                assert isinstance(model, VisionTransformer)
+                model.freeze_trunk()
+    return [p.shape for p in model.parameters() if p.requires_grad]
+
+
 def _trained(stage: Stage, total: int) -> int:
     """Parameters that get gradients, of `total`."""
     if not (isinstance(stage, ClassifyConfig) and stage.frozen):
         return total
-    with torch.device("meta"):
-        model = build_model(stage.model)
-    assert isinstance(model, VisionTransformer)
-    model.freeze_trunk()
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return sum(shape.numel() for shape in _trained_shapes(stage))
+
+
+def _moments(stage: Stage, trained: int) -> int:
+    """Bytes of the moments of `trained` parameters; of 8-bit ones as if each tensor were whole."""
+    if stage.optim.implementation != "torchao8bit":
+        return 8 * trained
+    return moment_bytes(stage.optim.implementation, _trained_shapes(stage))
 
 
 def _account(stage: Stage) -> dict[str, Any]:
@@ -203,13 +220,19 @@ def _account(stage: Stage) -> dict[str, Any]:
     return ledger(stage.model, mask, precision=stage.train.precision, float8=stage.train.float8)
 
 
+def _features(stage: TadConfig) -> int:
+    return stage.detector.inputs or resolve(stage.model).encoder.width
+
+
+def _detector(stage: TadConfig) -> ActionFormer:
+    return ActionFormer(dataclasses.replace(stage.detector, inputs=_features(stage)))
+
+
 def _detector_account(stage: TadConfig) -> dict[str, Any]:
     """The account of an ActionFormer on one padded sequence, counted by running it without memory."""
-    detector = stage.detector
-    channels = detector.inputs or resolve(stage.model).encoder.width
     with FakeTensorMode(), FlopCounterMode(display=False) as counter:
-        model = ActionFormer(dataclasses.replace(detector, inputs=channels))
-        features = torch.zeros(1, detector.max_length, channels)
+        model = _detector(stage)
+        features = torch.zeros(1, stage.detector.max_length, _features(stage))
         kept = saved_bytes(lambda: model(features, torch.ones(features.shape[:2], dtype=torch.bool)), model)
     macs = {"total": counter.get_total_flops() // 2}
     return {

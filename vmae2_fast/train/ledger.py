@@ -22,10 +22,14 @@ import torch
 from torch import nn
 
 from ..config import MaskConfig, ModelConfig, RunConfig
+from ..models import build_model
 from ..models.sizes import ModelSpec, StackSpec, resolve
+from ..models.vit import autocast_weights
 from ..ops.masks import mask_sizes
+from .adamw import moment_bytes
 
 Precision = Literal["float32", "bfloat16", "float16"]
+Implementation = Literal["auto", "vmae2", "torch", "apex", "torchao8bit"]
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -36,12 +40,14 @@ def ledger(
     precision: Precision = "bfloat16",
     views: int = 1,
     float8: bool = False,
+    implementation: Implementation = "torch",
 ) -> dict[str, Any]:
     """The whole account of one model as plain JSON values; counts are per clip, bytes per clip or per model as named.
 
     model: a `ModelConfig` or an official name. mask: what is hidden (pre-training models only; None: the paper's default).
-    precision: autocast dtype of activations; parameters, gradients and AdamW moments are fp32. float8: as `train.float8`.
-    views: clips of one multi-view test, which multiplies the MACs. Raises ValueError as `resolve` and `mask_sizes` do.
+    precision: autocast dtype of activations; parameters and gradients are fp32. float8: as `train.float8`. views: clips of one
+    multi-view test, which multiplies the MACs. implementation: of AdamW, see `OptimConfig`; a run in bfloat16 with "vmae2" (on
+    a CPU) keeps shadows beside it. Raises ValueError as `resolve` and `mask_sizes` do.
     """
     config = ModelConfig(name=model) if isinstance(model, str) else model
     spec = resolve(config)
@@ -64,13 +70,27 @@ def ledger(
         "macs_views": {"published": published["total"] * views, "executed": executed["total"] * views},
         # Forward, then twice that for the two gradients of each product; the clip needs none.
         "flops_step": 6 * executed["total"] - 2 * executed["patch_embed"],
-        "optimizer_bytes": {"parameters": 4 * total, "gradients": 4 * total, "moments": 8 * total, "total": 16 * total},
+        "optimizer": implementation,
+        "optimizer_bytes": optimizer_bytes(config, total, implementation, precision),
         "activation_bytes": activation["parts"],
         "activation_bytes_block": activation["block"],
         "residual_dtype": config.residual_dtype,
         "activation_checkpoint": config.activation_checkpoint,
         "precision": precision,
     }
+
+
+def optimizer_bytes(config: ModelConfig, total: int, implementation: Implementation, precision: Precision) -> dict[str, int]:
+    """Bytes of the `total` parameters, their gradients, both moments, and the bfloat16 copies of weights that products under
+    autocast take from our own AdamW; without the counts of steps, a number a tensor. All trained, none sharded."""
+    out = {"parameters": 4 * total, "gradients": 4 * total, "moments": 8 * total, "shadows": 0}
+    shadowed = implementation == "vmae2" and precision == "bfloat16"
+    if shadowed or implementation == "torchao8bit":  # these look at every tensor by itself
+        with torch.device("meta"):
+            model = build_model(config)
+        out["moments"] = moment_bytes(implementation, [p.shape for p in model.parameters()])
+        out["shadows"] = 2 * sum(weight.numel() for weight in autocast_weights(model)) if shadowed else 0
+    return {**out, "total": sum(out.values())}
 
 
 def token_counts(spec: ModelSpec, mask: MaskConfig) -> dict[str, int]:
@@ -282,7 +302,7 @@ def table(account: dict[str, Any]) -> str:
     flops = account["flops_step"] / 1e9
     lines += [
         f"training step: {flops:.1f} GFLOP a clip (forward and backward, 2 FLOP per multiply-accumulate)",
-        _row("AdamW, fp32 (MiB)", account["optimizer_bytes"], 2**20, 1),
+        _row(f"AdamW by {account['optimizer']} (MiB)", account["optimizer_bytes"], 2**20, 1),
         f"saved activations of a clip, {account['precision']}, residual stream {account['residual_dtype']}, "
         f"checkpoint {account['activation_checkpoint']}:",
         _row("  of a clip (MiB)", account["activation_bytes"], 2**20, 1),

@@ -141,6 +141,7 @@ class Trainer:
         self.optimizer = Optimizer(
             self.task.model, config.optim, global_batch=train.global_batch, total_steps=self.total_steps,
             steps_per_epoch=self.steps_per_epoch, world=world, loss_scale=scale,
+            shadows=device.type == "cpu" and self.task.dtype == torch.bfloat16,
         )  # fmt: skip
         self.progress = Progress(epoch_clips=clips)
         if checkpoint is not None:

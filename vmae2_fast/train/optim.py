@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from ..config import OptimConfig
+from ..models.vit import autocast_weights
 from ..sharded import is_sharded
-from .adamw import make_adamw
+from .adamw import MAP, SCALE, make_adamw, values
 from .parallel import World, copies, join_like, local, norm, regather, slice_like
 from .schedule import cosine_schedule, warmup_length
 
@@ -99,9 +100,11 @@ class LossScale:
 class Optimizer:
     """AdamW over `model` with the schedules of `config` for a run of `total_steps`.
 
-    `global_batch` sets the learning rate (see `scaled_lr`), `steps_per_epoch` turns warm-up epochs into steps.
-    A sharded model (`parallel.distribute`) is updated slice by slice, each rank its own. `loss_scale`: what the loss was
-    multiplied by before its backward.
+    `global_batch` sets the learning rate (see `scaled_lr`), `steps_per_epoch` turns warm-up epochs into steps. A sharded
+    model (`parallel.distribute`) is updated slice by slice, each rank its own. `loss_scale`: what the loss was multiplied by
+    before its backward. `shadows`: keep a bfloat16 copy of `models.vit.autocast_weights`, written in the pass that updates
+    them, for products under bfloat16 autocast to take; only where our own kernel runs and nothing is sharded. They are not
+    part of the state.
     """
 
     def __init__(
@@ -114,6 +117,7 @@ class Optimizer:
         steps_per_epoch: float,
         world: World = World(),  # noqa: B008 (frozen)
         loss_scale: LossScale | None = None,
+        shadows: bool = False,
     ) -> None:
         self.model, self.config, self.world, self.loss_scale = model, config, world, loss_scale
         self.total_steps = total_steps
@@ -127,7 +131,8 @@ class Optimizer:
         for group in groups:
             group["params"] = [self.slices[n] for n in group["names"]]
         self.copies = max((copies(p) for p in self.params.values()), default=0)
-        self.adamw = make_adamw(groups, config, self.lr)
+        cast = [p for p in autocast_weights(model) if p.requires_grad] if shadows and not self.copies else []
+        self.adamw = make_adamw(groups, config, self.lr, cast)
         # A state of its own in AdamW's: it is saved, restored and sharded with the moments.
         self._started: dict[nn.Parameter, Tensor] = {}
         if config.ema_decay is not None:
@@ -203,12 +208,13 @@ class Optimizer:
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Moments and step counts as `<parameter>.<exp_avg | exp_avg_sq | step>`, moments sharded as their parameter, and the
-        state of the loss scale."""
-        state = {
-            f"{n}.{key}": value if key == "step" else join_like(value, p)
-            for n, p in self.params.items()
-            for key, value in self.adamw.saved(self.slices[n]).items()
-        }
+        state of the loss scale. Moments of 8 bits as they are (see `adamw.py`), of a sharded model as float32."""
+        state: dict[str, Tensor] = {}
+        for n, p in self.params.items():
+            kept = self.adamw.saved(self.slices[n])
+            if is_sharded(p):  # the blocks of a slice are not those of the whole
+                kept = values(kept)
+            state |= {f"{n}.{key}": value if key == "step" else join_like(value, p) for key, value in kept.items()}
         return {**state, **self._scale_state()}
 
     def _scale_state(self) -> dict[str, Tensor]:
@@ -218,7 +224,7 @@ class Optimizer:
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
         """The inverse of `state_tensors`, from whole tensors. Raises ValueError naming one that belongs to no parameter, or
         is missing."""
-        state: dict[nn.Parameter, dict[str, Tensor]] = {}
+        found: dict[str, dict[str, Tensor]] = {}
         scale = self._scale_state()
         if missing := scale.keys() - tensors.keys():
             raise ValueError(f"optimizer state holds no {sorted(missing)[0]}: it was not written by a float16 run")
@@ -227,10 +233,17 @@ class Optimizer:
                 continue
             name, _, key = whole.rpartition(".")
             p = self.params.get(name)
-            if p is None or (key != "step" and value.shape != p.shape):
+            if p is None or (value.shape != p.shape and key != "step" and not key.endswith((SCALE, MAP))):
                 raise ValueError(f"optimizer state {whole} of shape {tuple(value.shape)} fits no parameter of this model")
-            mine = value if key == "step" else slice_like(value, p)
-            state.setdefault(self.slices[name], {})[key] = mine.to(p.device)
+            found.setdefault(name, {})[key] = value
+        state: dict[nn.Parameter, dict[str, Tensor]] = {}
+        for name, kept in found.items():
+            p = self.params[name]
+            if self.config.implementation != "torchao8bit" or is_sharded(p):
+                kept = values(kept)
+            plain = ("step", *(key for key in kept if key.endswith((SCALE, MAP))))
+            mine = {key: value if key in plain else slice_like(value, p) for key, value in kept.items()}
+            state[self.slices[name]] = {key: value.to(p.device) for key, value in mine.items()}
         for name, target in scale.items():
             target.copy_(tensors[name])
         self._started = {p: value for p, value in self._started.items() if "ema" not in state.get(p, {})}
