@@ -91,6 +91,8 @@ def test_env_reports_a_request_that_leaves_nothing() -> None:
         (["report", "a", "b", "c"], "name one or two run directories, not 3"),
         (["ledger"], "Missing from vmae2 ledger"),
         (["launch", "demo:progressive", "--from", "finetun", "--dry-run"], "unknown stage 'finetun'"),
+        (["launch", "vit_base_hybrid", "--until", "pretrain", "--dry-run"], "_hybrid is a single one; leave them out"),
+        (["ledger", "pretrain:vit_base_hybrid", "--mfu", "2"], "vmae2: error: --mfu 2.0: must lie above 0"),
         (["launch", "demo:progressive", "--from", "distill", "--until", "pretrain", "--dry-run"], "comes after --until"),
     ],
 )

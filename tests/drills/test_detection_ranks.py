@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from tests import tiny_runs as tiny
 from tests.drills import ranks
+from tests.drills.judge import full
 from vmae2_fast.data.synthetic_ava import write_ava_scenes
 from vmae2_fast.data.synthetic_tad import write_tad_features, write_untrimmed_scenes
 from vmae2_fast.models import build_model, save_weights
@@ -36,6 +37,15 @@ if hasattr(config, "detector"):
 else:
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, drop_path=0.0))
 """
+# Models that are split are built without memory.
+TOLD = """
+distribute = loop.distribute
+def telling(task, world):
+    if all(parameter.is_meta for parameter in task.model.parameters()):
+        print("built on meta")
+    return distribute(task, world)
+loop.distribute = telling
+"""
 KILL = ranks.at_step("if number == 3: os.kill(os.getpid(), signal.SIGKILL)")
 
 
@@ -45,8 +55,8 @@ def _alone(kind: str, root: Path, out: Path, **changes: object) -> dict:
     return train(scope["config"])
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_two_ranks_learn_and_score_as_one(kind, forks, tmp_path, one_thread):
+@pytest.mark.parametrize(("kind", "mode"), [("ava", "ddp"), ("tad", "ddp"), pytest.param("ava", "fsdp", marks=full)])
+def test_two_ranks_learn_and_score_as_one(kind, mode, forks, tmp_path, one_thread):
     root = tmp_path / "data"
     if kind == "ava":
         write_ava_scenes(root, train=16, val=5)
@@ -55,11 +65,13 @@ def test_two_ranks_learn_and_score_as_one(kind, forks, tmp_path, one_thread):
     options = {"epochs": 2, "global_batch": 4, "checkpoint_every": 2, "log_every": 1}
     single = _alone(kind, root, tmp_path / "single", **options)
     # Both ranks are killed on the way; started again, they go on from the checkpoint before.
+    options["parallel"] = mode
     codes, log = forks.run(root, tmp_path / "both", ranks=2, kind=kind, before=BEFORE + KILL, **options)
     assert codes == [-9, -9], log
     assert not (tmp_path / "both" / KINDS[kind] / "done.json").exists()
-    codes, log = forks.run(root, tmp_path / "both", ranks=2, kind=kind, before=BEFORE, **options)
+    codes, log = forks.run(root, tmp_path / "both", ranks=2, kind=kind, before=BEFORE + TOLD, **options)
     assert codes == [0, 0], log
+    assert ("built on meta" in log) == (mode == "fsdp")
     both = json.loads((tmp_path / "both" / KINDS[kind] / "done.json").read_text())
     losses = [[line["loss"] for line in read_metrics(Path(run["directory"]) / "metrics.jsonl")] for run in (both, single)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)

@@ -33,8 +33,8 @@ def test_grid_and_patch_values_follow_the_clip():
     ("change", "message"),
     [
         ({"name": "pretrain_videomae_bas_patch16_224"}, "did you mean.*pretrain_videomae_base_patch16_224"),
-        ({"size": 220}, r"size=220 is not divisible by model.patch=16; the nearest valid values are 208 or 224"),
-        ({"size": 8}, r"nearest valid values are 16$"),
+        ({"size": 220}, r"size=220 is not divisible by model.patch=16; the nearest valid values of model.size are 208 or 224"),
+        ({"size": 8}, r"nearest valid values of model.size are 16$"),
         ({"frames": 15}, "frames=15 is not divisible by model.tubelet=2"),
         ({"heads": 5}, "width=768 is not divisible by model.heads=5"),
         ({"decoder_heads": 5}, "decoder_width=384 is not divisible by model.decoder_heads=5"),

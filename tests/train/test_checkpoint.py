@@ -78,7 +78,7 @@ def test_missing_truncated_or_foreign_files_are_found(tmp_path, harm):
         manifest["model.pt"] = manifest.pop("model.safetensors")
         (directory / ck.MANIFEST).write_text(json.dumps(manifest))
         (directory / ck.COMMITTED).write_text(ck.sha256(directory / ck.MANIFEST))
-    with pytest.raises(ck.CheckpointError, match="start the run over with resume=False"):
+    with pytest.raises(ck.CheckpointError, match=r"start over with --restart \(resume=False in a script\)"):
         ck.newest_intact(tmp_path)
 
 

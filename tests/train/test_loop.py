@@ -155,7 +155,7 @@ def test_float16_finds_its_loss_scale_and_goes_on_bitwise(clips, tmp_path, monke
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT])
-def test_a_signal_saves_and_exits(clips, tmp_path, monkeypatch, number):
+def test_a_signal_saves_and_exits(clips, tmp_path, monkeypatch, capsys, number):
     whole = train(tiny.pretrain_config(clips, tmp_path / "whole"))
     config = tiny.pretrain_config(clips, tmp_path / "parts")
     original = Optimizer.step
@@ -171,11 +171,13 @@ def test_a_signal_saves_and_exits(clips, tmp_path, monkeypatch, number):
         with pytest.raises(SystemExit) as stop:
             train(config)
     assert stop.value.code == 128 + number
+    assert "goes on from" not in capsys.readouterr().err
     assert signal.getsignal(number) is before
     assert "step-00000007" in os.listdir(tmp_path / "parts" / config.name / "checkpoints")
     logged = read_metrics(tmp_path / "parts" / config.name / "metrics.jsonl")
     assert [e["step"] for e in logged] == [2, 4, 6, 7]
     assert same_bits(whole["weights"], train(config)["weights"])
+    assert "tiny_pretrain: goes on from step 7 of 12" in capsys.readouterr().err
 
 
 # (T'=4: constant counts), (T'=2 and a random decoder mask: counts known only from the masks)

@@ -133,6 +133,8 @@ def _run(run: Any, options: LaunchOptions, arguments: list[str]) -> dict[str, An
             f"no pictures and no report: {', '.join(missing())} not installed (pip install 'vmae2_fast[report]')",
             file=sys.stderr,
         )
+    if not isinstance(run, Progression) and (options.start or options.until):
+        raise ValueError(f"--from and --until choose stages of a progression, and {run.name} is a single one; leave them out")
     stages = selected(run, options.start, options.until) if isinstance(run, Progression) else [run]
     for stage in stages:
         check_stage(stage)

@@ -37,6 +37,7 @@ def _one_line(box: str) -> str:
     """The message of tyro's error box: its first part, then the flags it offers instead."""
     lines = [re.sub(r"[-─]{4,}", "", line.strip("│|╭╮╰╯+ ")).strip() for line in box.splitlines()]
     text = re.split("For full helptext|Argument helptext", " ".join(line for line in lines[1:] if line))[0]
+    text = re.sub(r"Error parsing [A-Z]\w*: ", "", text)  # of a dataclass, which nobody typed
     head, offers, rest = text.partition("Perhaps you meant:")
     flags = list(dict.fromkeys(re.findall(r"--[\w.\-]+", rest)))
     return head.strip() + (f"; did you mean {' or '.join(flags[:3])}?" if offers and flags else "")

@@ -17,7 +17,7 @@ def divisible(name: str, value: int, by: str, unit: int) -> None:
     if unit < 1 or value % unit:
         below, above = value // max(unit, 1) * unit, (value // max(unit, 1) + 1) * unit
         near = f"{below} or {above}" if below > 0 else f"{above}"
-        raise ValueError(f"{name}={value} is not divisible by {by}={unit}; the nearest valid values are {near}")
+        raise ValueError(f"{name}={value} is not divisible by {by}={unit}; the nearest valid values of {name} are {near}")
 
 
 def at_least(config: Any, group: str, low: int, *names: str) -> None:

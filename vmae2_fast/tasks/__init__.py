@@ -18,8 +18,8 @@ __all__ = ["AvaTask", "ClassifyTask", "DistillTask", "PretrainTask", "TadTask", 
 
 
 def create_task(config: Stage, device: torch.device | str = "cpu", *, on_meta: bool = False) -> Task[Any]:
-    """The task of a stage's config, its model on `device`. on_meta: or, of pre-training and classification, whose models are
-    the large ones, on the meta device (`Task.on_meta`). Raises ValueError for values that do not fit together."""
+    """The task of a stage's config, its model on `device`. on_meta: or, of pre-training, classification and AVA, whose
+    models are the large ones, on the meta device (`Task.on_meta`). Raises ValueError for values that do not fit together."""
     if isinstance(config, PretrainConfig):
         return PretrainTask(config, device, on_meta=on_meta)
     if isinstance(config, ClassifyConfig):
@@ -27,7 +27,7 @@ def create_task(config: Stage, device: torch.device | str = "cpu", *, on_meta: b
     if isinstance(config, DistillConfig):
         return DistillTask(config, device)
     if isinstance(config, AvaConfig):
-        return AvaTask(config, device)
+        return AvaTask(config, device, on_meta=on_meta)
     if isinstance(config, TadConfig):
         return TadTask(config, device)
     raise ValueError(f"no task for a {type(config).__name__}")

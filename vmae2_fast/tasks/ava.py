@@ -31,14 +31,14 @@ class AvaTask(Task[AvaConfig]):
     model: Detector
     best_by = "frame_map"
 
-    def __init__(self, config: AvaConfig, device: torch.device | str = "cpu") -> None:
-        super().__init__(config, device)
+    def __init__(self, config: AvaConfig, device: torch.device | str = "cpu", *, on_meta: bool = False) -> None:
+        super().__init__(config, device, on_meta=on_meta)
         if config.model.num_classes != ACTIONS:
             raise ValueError(f"{config.name}: AVA has {ACTIONS} actions, set model.num_classes={ACTIONS} "
                              f"(got {config.model.num_classes})")  # fmt: skip
-        self.model = Detector(
-            config.model, bins=config.bins, aligned=config.aligned, norm_from_head=config.norm_from_head
-        ).to(self.device)
+        self.model = self.place(
+            lambda: Detector(config.model, bins=config.bins, aligned=config.aligned, norm_from_head=config.norm_from_head)
+        )
 
     def training_loader(
         self, clips_per_batch: int, quarantine: str | os.PathLike[str] | None = None, *, rank: int = 0, world: int = 1

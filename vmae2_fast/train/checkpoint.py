@@ -35,6 +35,7 @@ from .parallel import World, local, regather, slice_like
 
 TENSOR_FILES = ("model.safetensors", "optimizer.safetensors", "rng.safetensors")
 STATE, MANIFEST, COMMITTED = "state.json", "manifest.json", "COMMITTED"
+START_OVER = "start over with --restart (resume=False in a script)"
 
 
 class CheckpointError(ValueError):
@@ -300,5 +301,5 @@ def newest_intact(root: Path, up_to: int | None = None) -> Path | None:
         return directory
     if damaged:
         why = damaged[0][1]
-        raise CheckpointError(f"{root}: no intact checkpoint is left ({why}); start the run over with resume=False")
+        raise CheckpointError(f"{root}: no intact checkpoint is left ({why}); {START_OVER}")
     return None

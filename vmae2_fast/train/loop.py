@@ -26,7 +26,7 @@ from ..data.loader import Batch
 from ..models.weights import save_weights
 from ..tasks import Task, create_task
 from .batch import split_batch
-from .checkpoint import load_checkpoint, newest_intact, remove_after
+from .checkpoint import START_OVER, load_checkpoint, newest_intact, remove_after
 from .clock import ForwardClock, compared
 from .execution import Eager, Graphed, accumulate, compile_model
 from .float8 import check_float8, use_float8
@@ -38,7 +38,7 @@ from .parallel import World, distribute, join
 from .pictures import RunPictures
 from .profile import StepProfile
 from .progress import Progress
-from .run_directory import START_OVER, RunDirectory
+from .run_directory import RunDirectory
 from .saver import Saver
 from .spikes import WINDOW, SpikeLog
 from .watchdog import Watchdog
@@ -180,6 +180,9 @@ class Trainer:
         """Train up to the last step. Raises SystemExit after saving if a signal arrived."""
         train, state = self.config.train, self.progress
         validate_every = round(train.validate_every * self.steps_per_epoch) if self.config.validation else 0
+        if state.step and self.world.first:
+            at = f"step {state.step} of {self.total_steps}"
+            print(f"{self.config.name}: goes on from {at}, saved in {self.run.checkpoints}", file=sys.stderr)
         self.task.model.train()
         self.mark, self.data_mark = time.perf_counter(), (0.0, 0.0)
         self.loader.position = state.position

@@ -20,7 +20,7 @@ from typing import Any
 
 from .. import backend
 from ..config import RunConfig, to_dict
-from .checkpoint import clean, present, sha256, write_json
+from .checkpoint import START_OVER, clean, present, sha256, write_json
 
 # What may change between two sittings of one run: where things lie, how often it is saved or shown, and how the work is
 # cut up. None of it changes the maths (micro_batch: and parallel: up to the order of summation).
@@ -62,7 +62,6 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 WEIGHT_KEYS = ("init", "teacher_weights", "trunk_weights")
 """Keys of a configuration that name weights a run starts from, learns from, or takes features with."""
-START_OVER = "start over with --restart (resume=False in a script)"
 
 
 def _digests(config: RunConfig) -> dict[str, str | None]:
@@ -153,7 +152,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text())
     except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: cannot be read as JSON ({error}); start the run over with resume=False") from error
+        raise ValueError(f"{path}: cannot be read as JSON ({error}); {START_OVER}") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{path}: not an object; start the run over with resume=False")
+        raise ValueError(f"{path}: not an object; {START_OVER}")
     return value
