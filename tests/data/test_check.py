@@ -53,6 +53,14 @@ def test_everything_is_there(folder, capsys, monkeypatch):
     assert "videos/train: 5 of 600 clips looked for, 0 missing" in capsys.readouterr().out
 
 
+def test_a_folder_of_several_clips_is_named_once(tmp_path):
+    (tmp_path / "train.csv").write_text("film 1 300\nfilm 301 300\nother 1 300\n")
+    source = SourceConfig(name="cut", root=str(tmp_path), list="train.csv", template="img_{:05}.jpg")
+    (found,) = check_sources(DataConfig(sources=(source,)))
+    assert found.missing == 3
+    assert found.examples == (str(tmp_path / "film"), str(tmp_path / "other"))
+
+
 def test_all_that_is_missing_is_named(folder, capsys, monkeypatch):
     monkeypatch.chdir(folder)
     for name in ("v/7.mp4", "v/599.mp4", "d1/03.jpg"):

@@ -97,6 +97,41 @@ def test_transcode_leaves_nothing_half_written(clips, header_rotator, tmp_path, 
     assert decode_video(str(tmp_path / "out" / "b.mp4"), np.array([3])).shape == (1, 64, 48, 3)
 
 
+def test_transcode_does_not_mix_settings(clips, tmp_path):
+    (tmp_path / "set").mkdir()
+    shutil.copy(clips / "good" / "one_frame.mp4", tmp_path / "set" / "a.mp4")
+    opened, out = files.open_list(str(tmp_path / "set")), tmp_path / "out"
+    transcode.transcode(opened, str(out), transcode.Recoding(gop=12), workers=1)
+    with pytest.raises(ValueError, match=r"out holds files made with gop 12, crf 20 .*transcode\.json.*choose another --out"):
+        transcode.transcode(opened, str(out), transcode.Recoding(gop=24, crf=30), workers=1)
+    assert transcode.transcode(opened, str(out), transcode.Recoding(gop=12), workers=1)["skipped"] == 1
+    with pytest.raises(ValueError, match=r"set holds a\.mp4, which transcode did not write"):
+        transcode.transcode(opened, str(tmp_path / "set"), transcode.Recoding(), workers=1)
+
+
+def test_a_stopped_transcode_leaves_nothing_behind(clips, tmp_path, monkeypatch, capsys):
+    root, out = tmp_path / "set", tmp_path / "out"
+    for folder in (root, out):
+        folder.mkdir()
+    shutil.copy(clips / "good" / "one_frame.mp4", root / "a.mp4")
+    (out / "a.mp4.7.partial").touch()  # of a process that was killed
+    (out / "of_another_shard.mp4.8.partial").touch()
+
+    def interrupted(function, jobs, **_):
+        assert [path.name for path in out.glob("*.partial")] == ["of_another_shard.mp4.8.partial"]
+        (out / "a.mp4.9.partial").touch()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(transcode, "in_processes", interrupted)
+        with pytest.raises(SystemExit) as stop:
+            cli.main(["data", "transcode", str(root), "--out", str(out)])
+    assert stop.value.code == 130
+    assert capsys.readouterr().err == "vmae2: interrupted\n"
+    assert [path.name for path in out.glob("*.partial")] == ["of_another_shard.mp4.8.partial"]
+    assert transcode.transcode(files.open_list(str(root)), str(out), transcode.Recoding(), workers=1)["done"] == 1
+
+
 def test_transcode_refuses_what_it_cannot_place(clips, tmp_path):
     for lines, message in (
         ("a.mp4 0\na.avi 0\n", "a.avi and a.mp4 would both become a.mp4"),

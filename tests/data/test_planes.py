@@ -105,6 +105,7 @@ def test_frames_that_stay_rgb_say_why(clips: Path, header_rotator, jpeg_writer, 
         video_writer(tmp_path / "gray.mkv", codec="ffv1", pix_fmt="gray"): "pixel format gray",
         video_writer(tmp_path / "422.mp4", pix_fmt="yuv422p"): "pixel format yuv422p",
         coloured(tmp_path / "bt2020.mp4", "libx264", 9, 1): "color matrix 9 of FFmpeg's AVColorSpace",
+        video_writer(tmp_path / "fields.mp4", **{"x264-params": "tff=1"}): "interlaced",
     }
     for height, width in ((49, 65), (49, 66), (50, 65)):
         path = coloured(tmp_path / f"{height}x{width}.webm", "libvpx-vp9", 6, 1, height, width)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,7 @@ class RecordedClips:
         self.num_clips = len(video)
         self.position = self.steps = 0
         self.wait_s = self.decode_s = 0.0
+        self.fallback = self.rgb = Counter[str]()
 
     def __enter__(self) -> RecordedClips:
         return self

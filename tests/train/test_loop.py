@@ -8,6 +8,7 @@ import os
 import signal
 from pathlib import Path
 
+import av
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -207,6 +208,29 @@ def test_accumulation_gives_the_gradient_of_the_big_batch(clips, tmp_path, frame
         # the same sums in another order: fp32 rounding only
         error = (gradients[1][name] - big).norm() / big.norm()
         assert error < 1e-5, f"{name}: {error}"
+
+
+def test_the_log_counts_clips_that_had_to_be_converted(tmp_path):
+    clips = tiny.write_clips(tmp_path / "clips")
+    summary = train(tiny.pretrain_config(clips, tmp_path / "out"))
+    plain = read_metrics(Path(summary["directory"]) / "metrics.jsonl")
+    assert [(line["rgb"], line["fallback"]) for line in plain] == [({}, {})] * 6
+    for path in clips.rglob("*.mp4"):
+        _in_ten_bits(path)
+    summary = train(tiny.pretrain_config(clips, tmp_path / "again"))
+    lines = read_metrics(Path(summary["directory"]) / "metrics.jsonl")
+    assert [line["rgb"] for line in lines] == [{"pixel format yuv420p10le": 2 * 4}] * 6  # steps of a line, clips of a step
+
+
+def _in_ten_bits(path: Path) -> None:
+    with av.open(str(path)) as video:
+        frames = [frame.to_ndarray(format="rgb24") for frame in video.decode(video=0)]
+    with av.open(str(path), "w") as out:
+        stream = out.add_stream("libx264", rate=25)
+        stream.height, stream.width, stream.pix_fmt = *frames[0].shape[:2], "yuv420p10le"
+        for frame in frames:
+            out.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        out.mux(stream.encode())
 
 
 def test_a_corrupt_video_does_not_end_the_run(tmp_path):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -200,6 +201,9 @@ def main(arguments: list[str] | None = None) -> None:
     as_json = "--json" in arguments
     try:
         result = _dispatch(arguments)
+    except KeyboardInterrupt:
+        print("vmae2: interrupted", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
     except Exception as error:
         if not _expected(error):
             raise

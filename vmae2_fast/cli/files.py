@@ -24,6 +24,7 @@ def verify(
     """Probe every file of a list or folder and decode its first, middle and last frame; exit code 2 if one is bad.
 
     Example: vmae2 data verify lists/train.csv --root /data/k400 --report bad.json
+
     Example: vmae2 data verify lists/train.csv --shard $SLURM_ARRAY_TASK_ID/16 --report bad.$SLURM_ARRAY_TASK_ID.json
 
     Args:
@@ -60,6 +61,7 @@ def transcode(
     """Write the videos of a list or folder anew so that they are cheap to decode, and a list of them; run again to go on.
 
     Example: vmae2 data transcode lists/train.csv --root /data/k400 --out /data/k400_256
+
     Example: vmae2 data transcode lists/train.csv --out /data/k400_256 --shard $SLURM_ARRAY_TASK_ID/64
 
     Args:

@@ -30,7 +30,7 @@ class SourceCheck(NamedTuple):
     looked_at: int
     missing: int
     examples: tuple[str, ...]
-    """The first missing files, or why the source cannot be opened."""
+    """The first missing files, each once, or why the source cannot be opened."""
 
 
 def check_sources(data: DataConfig, *, sample: int | None = None, examples: int = 10) -> list[SourceCheck]:
@@ -55,13 +55,14 @@ def _check_source(data: DataConfig, number: int, sample: int | None, examples: i
     if sample is not None and sample < clips:
         numbers = np.sort(permutation(0, Purpose.SUBSET, 0, 0, clips)[:sample]).tolist()
     groups = [numbers[i : i + _TOGETHER] for i in range(0, len(numbers), _TOGETHER)]
-    missing: list[str] = []
+    missing, known = 0, dict[str, None]()  # several clips are cut out of one folder of raw frames
     with ThreadPoolExecutor(_THREADS) as pool, tqdm(total=len(numbers), desc=name, unit="clip", disable=None) as bar:
         for group, found in zip(groups, pool.map(lambda group: list(_absent(source, group)), groups), strict=True):
-            missing += found
+            known.update(dict.fromkeys(found))
+            missing += len(found)
             bar.update(len(group))
-            bar.set_postfix(missing=len(missing))
-    return SourceCheck(name, clips, len(numbers), len(missing), tuple(missing[:examples]))
+            bar.set_postfix(missing=missing)
+    return SourceCheck(name, clips, len(numbers), missing, tuple(known)[:examples])
 
 
 def _absent(source: Source, numbers: Iterable[int]) -> Iterable[str]:

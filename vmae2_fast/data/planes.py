@@ -3,7 +3,8 @@
 FFmpeg's conversion cuts fractions off where `resize_crop` rounds: pixels of the planes made RGB differ from those of
 `decode_video` by up to 3 levels, about 1 in the mean, and from the exact conversion by half a level. Frames whose conversion
 is not that of `ops.yuv` stay RGB: other formats than 8-bit YUV 4:2:0, other matrices than BT.601 and BT.709, odd sides (for
-which FFmpeg interpolates chroma), rotated ones, and videos that change any of these midway.
+which FFmpeg interpolates chroma), interlaced ones (a line of chroma belongs to every other line of luma), rotated ones, and videos
+that change any of these midway.
 """
 
 from __future__ import annotations
@@ -128,6 +129,8 @@ def _form(frame: Any, turn: bool) -> tuple[int, int, str, str] | str:
         return f"color matrix {int(frame.colorspace)} of FFmpeg's AVColorSpace"
     if frame.height % 2 or frame.width % 2:
         return "odd height or width"
+    if frame.interlaced_frame:
+        return "interlaced"
     if turn and round(frame.rotation / 90) % 4:
         return "rotated"
     full = frame.format.name == "yuvj420p" or int(frame.color_range) == _FULL_RANGE

@@ -14,7 +14,7 @@ import dataclasses
 import os
 import sys
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -240,6 +240,8 @@ class TadLoader:
         self.points = make_points(detector, detector.max_length)
         self.wait_s = self.decode_s = 0.0
         """Seconds this process waited for batches; and seconds reading and cutting took in all threads."""
+        self.fallback = self.rgb = Counter[str]()
+        """As those of a `VideoLoader`: nothing is decoded here."""
         self._running: Generator[TadBatch, None, None] | None = None
 
     @property

@@ -6,20 +6,25 @@ was, and shards of one list may run side by side.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import json
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from ..whole import write_whole
+from ..whole import write_json, write_whole
 from .decode import decode_timed
 from .files import Listed, in_processes, shard_of
 from .probing import DecodeError, probe
 from .streaming import sound_frames
 
+_RECORD = "transcode.json"
+"""Beside the new files: the `Recoding` they were made by."""
 _ENCODERS = {"h264": "libx264", "hevc": "libx265", "vp9": "libvpx-vp9"}
 
 
@@ -104,7 +109,8 @@ def transcode(
     """Write every video of a list anew under `out`, with the same relative path and ending .mp4, and a list of them.
 
     Returns files, done (now), skipped (there before), bad (number), reasons and the path of the list, which holds what is
-    there so far: the last shard to end completes it. Raises ValueError for raw frames and absolute or colliding paths.
+    there so far: the last shard to end completes it. Raises ValueError for raw frames, absolute or colliding paths, and an
+    `out` whose files were made otherwise.
     """
     source = listed.source
     if (source.manifest.totals >= 0).any():
@@ -120,18 +126,46 @@ def transcode(
             raise ValueError(f"{source.name}: {relative} and {source.manifest[before].path} would both become {name}")
     numbers = [n for n in shard_of(shard, len(source.manifest)) if targets[_target(source.manifest[n].path)] == n]
     todo = [n for n in numbers if not os.path.exists(os.path.join(out, _target(source.manifest[n].path)))]
+    _claim(Path(out), recoding, next((name for name in targets if os.path.exists(os.path.join(out, name))), None))
     jobs = [
         (source.path(source.manifest[n]), os.path.join(out, _target(source.manifest[n].path)), recoding) for n in todo
     ]
     reasons: dict[str, list[str]] = {}
-    for number, result in in_processes(transcode_file, jobs, workers=workers, timeout_s=timeout_s, what="transcoding"):
-        if isinstance(result, DecodeError):
-            reasons.setdefault(result.reason, []).append(jobs[number][0])
+    unfinished = {os.path.normpath(target) for _, target, _ in jobs}
+    _sweep(out, unfinished)  # of a run that was killed
+    try:
+        for number, result in in_processes(transcode_file, jobs, workers=workers, timeout_s=timeout_s, what="transcoding"):
+            if isinstance(result, DecodeError):
+                reasons.setdefault(result.reason, []).append(jobs[number][0])
+    finally:
+        _sweep(out, unfinished)  # of processes ended at their time limit, or with this run
     bad = sum(map(len, reasons.values()))
     return {
         "files": len(numbers), "done": len(jobs) - bad, "skipped": len(numbers) - len(jobs), "bad": bad,
         "reasons": dict(sorted(reasons.items())), "list": _write_list(listed, out),
     }  # fmt: skip
+
+
+def _claim(out: Path, recoding: Recoding, there: str | None) -> None:
+    """Write down what the files of `out` become, of which `there` is one already. Raises ValueError where they differ."""
+    path, wanted = out / _RECORD, dataclasses.asdict(recoding)
+    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    if there is not None and before is None:
+        raise ValueError(f"{out} holds {there}, which transcode did not write; choose another --out")
+    if there is not None and before is not None and before != wanted:
+        made = ", ".join(f"{name} {value}" for name, value in before.items() if value != wanted.get(name))
+        raise ValueError(f"{out} holds files made with {made} ({path}); give the same values, or choose another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(path, wanted)
+
+
+def _sweep(out: str, targets: set[str]) -> None:
+    """Remove what processes that were killed had begun of `targets`."""
+    for folder, _, names in os.walk(out):
+        for name in names:
+            match = re.fullmatch(r"(.+)\.\d+\.partial", name)
+            if match and os.path.normpath(os.path.join(folder, match[1])) in targets:
+                Path(folder, name).unlink(missing_ok=True)
 
 
 def _target(relative: str) -> str:

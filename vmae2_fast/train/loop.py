@@ -44,6 +44,8 @@ from .spikes import WINDOW, SpikeLog
 from .watchdog import Watchdog
 
 _SAVE_FAILED = 1 << 16  # beside the numbers of signals
+_DETOURS = ("fallback", "rgb")
+"""A loader's counts, by reason, of clips that cost more than they should: see `Reader.stats`."""
 
 NOT_FINITE = 3
 """Exit code of a run that was ended by `train.max_skipped` steps in a row without a finite loss and gradient."""
@@ -185,6 +187,7 @@ class Trainer:
             print(f"{self.config.name}: goes on from {at}, saved in {self.run.checkpoints}", file=sys.stderr)
         self.task.model.train()
         self.mark, self.data_mark = time.perf_counter(), (0.0, 0.0)
+        self.detours_mark: dict[str, Counter[str]] = {}
         self.loader.position = state.position
         self.loader.steps = (self.total_steps - state.step) * self.micro_batches
         batches = self.spikes.watch(iter(self.loader))
@@ -215,7 +218,9 @@ class Trainer:
         last = state.step == self.total_steps
         if state.step % train.log_every == 0 or last:
             entry = self._flush()
-            bar.set_postfix({k: entry[k] for k in ("loss", "lr", "clips_per_s", "wait_s", "replaced")})
+            shown = {k: entry[k] for k in ("loss", "lr", "clips_per_s", "wait_s", "replaced")}
+            detours = {k: sum(entry[k].values()) for k in _DETOURS}
+            bar.set_postfix(shown | {k: n for k, n in detours.items() if n})
         if validate_every and state.step % validate_every == 0 and not last:
             self._validate()
         save = state.step % train.checkpoint_every == 0 or last
@@ -296,7 +301,8 @@ class Trainer:
         unusual = self.spikes.judge([row["loss"] for row in table], state.recent)
         times = self._data_times()
         seen = self.spikes.batches(unusual, state.position - steps * self.decodes)
-        replaced, batches, own = zip(*self.world.gather((self.replaced, seen, self.clock.take(times["wait_s"]))))
+        mine = self.replaced, seen, self.clock.take(times["wait_s"]), self._detours()
+        replaced, batches, own, detours = zip(*self.world.gather(mine))
         for paths in replaced:
             state.replaced = dict(Counter(state.replaced) + Counter(paths))
         self.replaced = []
@@ -320,6 +326,7 @@ class Trainer:
             "rollbacks": state.rollbacks,
             **({} if (scale := self.optimizer.loss_scale) is None else {"loss_scale": scale.value.item()}),
             "replaced": sum(state.replaced.values()),
+            **{name: dict(sum((rank[name] for rank in detours), Counter())) for name in _DETOURS},
             **times,
             **({"ranks": self.world.size, "rank_s": compared(own, max(steps, 1))} if self.world.size > 1 else {}),
         }
@@ -332,6 +339,13 @@ class Trainer:
         waited, decoded = (b - a for a, b in zip(self.data_mark, now))
         self.data_mark = now
         return {"wait_s": round(waited, 3), "decode_s": round(decoded, 3)}
+
+    def _detours(self) -> dict[str, Counter[str]]:
+        """Since the last line: clips of this rank that did not take the cheap way, by reason."""
+        now = {name: Counter(getattr(self.loader, name)) for name in _DETOURS}
+        new = {name: counts - self.detours_mark.get(name, Counter()) for name, counts in now.items()}
+        self.detours_mark = now
+        return new
 
     def _save(self) -> None:
         if self.progress.step == self.saved_step:
