@@ -3,8 +3,8 @@
 FFmpeg's conversion cuts fractions off where `resize_crop` rounds: pixels of the planes made RGB differ from those of
 `decode_video` by up to 3 levels, about 1 in the mean, and from the exact conversion by half a level. Frames whose conversion
 is not that of `ops.yuv` stay RGB: other formats than 8-bit YUV 4:2:0, other matrices than BT.601 and BT.709, odd sides (for
-which FFmpeg interpolates chroma), interlaced ones (a line of chroma belongs to every other line of luma), rotated ones, and videos
-that change any of these midway.
+which FFmpeg interpolates chroma), interlaced ones (a line of chroma belongs to every other line of luma), rotated ones, and
+videos that change any of these midway.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ size of /dev/shm, and nothing is left of it however a process ends.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import mmap
 import multiprocessing
 import multiprocessing.context
@@ -37,6 +38,7 @@ from .manifest import Record, Source
 from .planes import Frames, folder_frames, video_frames
 from .probing import DecodeError, probe
 
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 DEATHS = 2
 """Processes a job may take with it before its clip is held to be the cause."""
 _WATCH_S = 0.5
@@ -165,10 +167,11 @@ def _reader(job: Job) -> tuple[Callable[[np.ndarray], Frames], int]:
 
 
 def _open(place: Place) -> torch.Tensor:
-    size = int(np.prod(place.shape))
+    size, skipped = int(np.prod(place.shape)), place.offset % mmap.ALLOCATIONGRANULARITY
+    flags = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)  # at once: a fault for every page costs more than the call
     with open(place.path, "r+b") as file:
-        shared = np.frombuffer(mmap.mmap(file.fileno(), 0), dtype=np.uint8, count=size, offset=place.offset)
-    return torch.from_numpy(shared).view(place.shape)
+        mapped = mmap.mmap(file.fileno(), skipped + size, flags=flags, offset=place.offset - skipped)
+    return torch.from_numpy(np.frombuffer(mapped, dtype=np.uint8, count=size, offset=skipped)).view(place.shape)
 
 
 def start_worker() -> None:
@@ -176,7 +179,17 @@ def start_worker() -> None:
     for number in (signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
+    _keep_freed_memory()
     threading.Thread(target=_end_with_the_loader, daemon=True, name="vmae2-parent").start()
+
+
+def _keep_freed_memory() -> None:
+    """Have glibc keep up to 64 MiB of freed memory: the frames of every clip would else be mapped and zeroed anew, page by
+    page, which is a few per cent of a decode."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_TRIM_THRESHOLD, 64 << 20)
+        mallopt(_M_MMAP_THRESHOLD, 32 << 20)
 
 
 def _end_with_the_loader() -> None:
