@@ -260,7 +260,7 @@ def groups(model: nn.Module, weight_decay: float = 0.05) -> list[dict]:
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
 
 
-def step(loss: Callable[[], Tensor], optimizer: torch.optim.Optimizer, autocast: torch.dtype | None,
+def step(loss: Callable[[], Tensor], optimizer: Any, autocast: torch.dtype | None,
          check: bool = False) -> Tensor:
     """One optimiser step; returns the detached loss. `check`: look at it on the host first, as the official loop does."""
     optimizer.zero_grad(set_to_none=True)

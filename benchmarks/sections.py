@@ -280,7 +280,7 @@ def data_share(context: Context) -> Result:
     context.report(result)
     owner, clip, mask = steps.inputs(cases.MODELS[size], clips, device)
     bench = steps.StepBench(cases.MODELS[size], clips, device, context.dtype, 1, 1.0)
-    ours, optimizer = steps.variants(bench, owner)[0], steps.make_optimizer("fused", owner)
+    ours, optimizer = steps.variants(bench, owner)[0], steps.make_optimizer("ours", owner)
     work = partial(baselines.step, ours.make(clip, mask), optimizer, ours.autocast)
     result["step_s"] = measure.timed([work], device, repeats)
     result["share_masks_gather_loss"] = (result["masks_s"] + result["gather_s"] + result["loss_s"]) / result["step_s"]

@@ -20,10 +20,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from vmae2_fast.config import MaskConfig, ModelConfig
+from vmae2_fast.config import MaskConfig, ModelConfig, OptimConfig
 from vmae2_fast.models import build_model
+from vmae2_fast.models.vit import autocast_weights
 from vmae2_fast.ops.masks import DualMask, dual_mask
 from vmae2_fast.ops.reconstruction import reconstruction_loss
+from vmae2_fast.train.adamw import make_adamw
 from vmae2_fast.train.ledger import ledger
 
 from . import baselines, measure, plain
@@ -127,7 +129,8 @@ def variants(bench: StepBench, owner: Any) -> list[Variant]:
 
     dtype = None if bench.dtype == torch.float32 else bench.dtype
     out = [
-        Variant("ours", dtype, "fused", ours),
+        # As in a run: the copies of weights are for products in bfloat16.
+        Variant("ours", dtype, "ours, shadows" if dtype == torch.bfloat16 else "ours", ours),
         Variant("strong", dtype, "fused", strong),
         Variant(f"plain_{SHORT[bench.dtype]}", dtype, "foreach", official(), check=True),
     ]
@@ -181,7 +184,26 @@ def measure_steps(bench: StepBench) -> dict[str, Any]:
     return result
 
 
-def make_optimizer(kind: str, owner: Any) -> torch.optim.Optimizer:
+class TrainingAdamW:
+    """The AdamW of a training run (`optim.implementation=auto`), with the two methods a step calls."""
+
+    def __init__(self, owner: Any, shadows: bool) -> None:
+        config = OptimConfig(betas=(0.9, 0.95))
+        self.adamw = make_adamw(baselines.groups(owner), config, 1e-8, autocast_weights(owner) if shadows else ())
+        self.param_groups = self.adamw.param_groups
+        self.not_skipped = torch.zeros((), device=self.param_groups[0]["params"][0].device)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for p in [p for group in self.param_groups for p in group["params"]]:
+            p.grad = None
+
+    def step(self) -> None:
+        self.adamw.update(None, self.not_skipped)
+
+
+def make_optimizer(kind: str, owner: Any) -> Any:
+    if kind.startswith("ours"):
+        return TrainingAdamW(owner, shadows=kind == "ours, shadows")
     # So small a rate that all variants keep computing the same loss; the work of a step does not depend on it.
     return torch.optim.AdamW(baselines.groups(owner), lr=1e-8, betas=(0.9, 0.95), **{kind: True})
 
@@ -250,7 +272,8 @@ def in_turns(
         for name in order:
             if name not in ready or bench.left() < 0:
                 continue
-            if cuda:
+            # On a GPU the first step after another variant pays for the change; shadows are stale after its update.
+            if cuda or named[name].optimizer == "ours, shadows":
                 attempt(named[name], ready[name])
             if name in ready:
                 work = partial(repeat, ready[name], bench.inner)

@@ -219,7 +219,9 @@ def _state_bytes(optimizer: Optimizer) -> int:
 @pytest.mark.parametrize("options", [{}, {"decoder_fp32": True}, {"num_classes": 5, "pooling": "attentive"}], ids=str)
 def test_optimizer_bytes_are_those_of_a_real_step(options: dict[str, Any], implementation: Any) -> None:
     if implementation == "torchao8bit":
-        pytest.importorskip("torchao.optim")
+        pytest.importorskip("torchao.optim")  # it compiles for every shape: seconds for each model
+        if options:
+            pytest.skip("one model is enough for what has no shadows")
     small = {**SMALL_PRETRAIN, "width": 64, "decoder_width": 32}  # wide enough for matrices of 8 bits
     config = ModelConfig(name="vit_base_patch16_224" if "num_classes" in options else BASE, **small, **options)
     model = build_model(config)
