@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +16,9 @@ from torch.nn import functional as F
 from tests.tiny_runs import AVA_MODEL as MODEL
 from tests.tiny_runs import ava_config as config
 from vmae2_fast import cli
-from vmae2_fast.config import AvaConfig, ModelConfig, TrainConfig
-from vmae2_fast.data.ava import ACTIONS, AvaError, read_annotations, write_results
+from vmae2_fast.config import AvaConfig, ModelConfig, TrainConfig, save
+from vmae2_fast.data import decode_video
+from vmae2_fast.data.ava import ACTIONS, AvaError, read_annotations, read_results, write_results
 from vmae2_fast.data.ava_loader import AvaBatch
 from vmae2_fast.data.loader import BadDataError
 from vmae2_fast.data.synthetic_ava import COLOURS, write_ava_scenes
