@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,7 @@ from vmae2_fast.config import (
     ExtractConfig,
     ModelConfig,
     OptimConfig,
+    Progression,
     TadConfig,
     TadDataConfig,
     TrainConfig,
@@ -26,6 +29,7 @@ from vmae2_fast.data.tad import Detections, TadError, read_detections
 from vmae2_fast.models import create_model, save_weights
 from vmae2_fast.tasks.features import video_features
 from vmae2_fast.train import train
+from vmae2_fast.train.progression import run_progression
 
 TRUNK = {"width": 24, "depth": 1, "heads": 2, "size": 32, "patch": 16, "frames": 16, "init_std": 0.1}
 
@@ -191,6 +195,24 @@ def test_missing_features_without_a_way_to_take_them_are_named(trunk, tmp_path, 
         train(config)
 
 
+def test_missing_class_scores_are_said_before_features_are_taken(trunk, tmp_path, clip):
+    config = clip_config(clip, tmp_path, trunk, epochs=1)
+    parts = {name: dataclasses.replace(getattr(config, name), class_agnostic=True) for name in ("data", "validation")}
+    path = tmp_path / "scores.json"
+    config = dataclasses.replace(config, video_scores=str(path), **parts)
+    command = f"vmae2 tad scores {clip} --weights CLASSIFIER --out {path}"
+    with pytest.raises(TadError, match=re.escape(f"are not there; make them first: {command}")):
+        train(config)
+    path.write_text(json.dumps({"class": ["someone", "nobody"], "results": {"another": [0.5, 0.5]}}))
+    with pytest.raises(TadError, match=re.escape(f"no class scores of {clip.stem} (and 0 more); make them first: {command}")):
+        train(config)
+    stages = (dataclasses.replace(config, name="first", video_scores=None, validation=None), config)
+    with pytest.raises(TadError, match="make them first"):
+        run_progression(Progression(name="two", stages=stages, out=str(tmp_path / "two")))
+    assert not (tmp_path / "features").exists()
+    assert not (tmp_path / "two").exists()
+
+
 def test_bad_input_is_one_line(trunk, tmp_path, capsys):
     good = tmp_path / "d.json"
     good.write_text(json.dumps({"results": {"v": []}}))
@@ -206,6 +228,8 @@ def test_bad_input_is_one_line(trunk, tmp_path, capsys):
         (("tad", "draw", str(good), "--videos", "w", "--out", str(tmp_path / "t.png")), "no detections of w"),
         (("tad", "draw", str(tmp_path / "empty.json"), "--out", str(tmp_path / "t.png")), "holds no video"),
         (("tad", "draw", str(good), "--out", str(tmp_path / "no" / "t.png")), "no such folder"),
+        (("tad", "draw", str(good), "--out", "t.png", "--threshold", "nan"), "--threshold nan: must be a number"),
+        (("tad", "draw", str(good), "--out", "t.png", "--most", "0"), "--most 0: must be at least 1"),
         (("score", "tad", str(tmp_path / "none.json"), str(good)), "none.json: No such file"),
         (("tad", "feature"), "did you mean tad features"),
     ):

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -142,27 +143,36 @@ def score_files(
 
     Raises TadError for files that cannot be used, ValueError for another benchmark."""
     tious = thresholds(benchmark)
-    truth, ignored = subset_truth(annotations, subset, block_list)
+    truth, ignored, durations = subset_truth(annotations, subset, block_list)
     found = read_detections(detections)
     kept = {video: Segments(*d) for video, d in found.items() if video not in block_list}
     result = report(detection_map(truth, kept, tious, deduplicate=deduplicate), tious)
     if not result["events"]:
         raise TadError(f"{annotations}: subset {subset!r} has no annotations: there is nothing to score against")
-    silent = sum(not kept[video].labels if video in kept else 1 for video in truth)
-    counted = {**ignored, **result["not_counted"]}
-    if silent:
-        counted["annotated videos without any detection"] = silent
+    noted = {
+        "videos without any detection": sum(not kept[video].labels if video in kept else 1 for video in truth),
+        "videos in which nothing is annotated (detections on them are wrong)": sum(not t.labels for t in truth.values()),
+        "detections reaching out of their video by more than a second (they count)": sum(
+            _beyond(d.segments, durations[video]) for video, d in kept.items() if video in durations
+        ),
+    }
+    counted = {**ignored, **result["not_counted"], **{what: count for what, count in noted.items() if count}}
     return {**result, "videos": len(truth), "detections": sum(len(d.labels) for d in kept.values()), "not_counted": counted}
+
+
+def _beyond(segments: np.ndarray, duration: float) -> int:
+    """How many segments reach out of a video of `duration` seconds (0: unknown) by more than a second."""
+    return int(((segments[:, 0] < -1) | (segments[:, 1] > duration + 1)).sum()) if duration > 0 else 0
 
 
 def subset_truth(
     annotations: str | Path, subset: str, block_list: Sequence[str] = ()
-) -> tuple[dict[str, Segments], dict[str, int]]:
-    """Ground truth of a subset by video, and what the annotation file has that was left out or looks wrong."""
+) -> tuple[dict[str, Segments], dict[str, int], dict[str, float]]:
+    """Ground truth of a subset by video, what the annotation file has that was left out or looks wrong, and the durations in
+    seconds."""
     read = read_annotations(annotations)
     videos: dict[str, UntrimmedVideo] = choose_subset(read, subset, block_list)
-    beyond = sum(
-        int(((v.segments[:, 0] < -1) | (v.segments[:, 1] > v.duration + 1)).sum()) for v in videos.values() if v.duration > 0
-    )
+    beyond = sum(_beyond(v.segments, v.duration) for v in videos.values())
     noted = {"annotations reaching out of their video by more than a second (they count)": beyond} if beyond else {}
-    return {name: Segments(v.segments, v.labels) for name, v in videos.items()}, {**read.ignored, **noted}
+    truth = {name: Segments(v.segments, v.labels) for name, v in videos.items()}
+    return truth, {**read.ignored, **noted}, {name: v.duration for name, v in videos.items()}

@@ -78,7 +78,9 @@ def test_results_exclusions_and_label_map(tmp_path: Path) -> None:
     blocks = 'item {\n  name: "a {b}"\n  id: 3\n}\nlabel {\n name: "c"\n label_id: 80\n}\n'.replace(" {b}", " b")
     assert read_label_map(written(tmp_path / "l.pbtxt", blocks)) == {3: "a b", 80: "c"}
     for text, message in (
-        ('item {\n name: "a"\n}', "needs a name and an id"), (blocks + blocks, "id 3 is given twice"), ("", "holds no label"),
+        ('item {\n name: "a"\n}', "needs a name and an id"), ('item {\n name: "a"\n id: 12x\n}', "needs a name and an id"),
+        (blocks + 'item {\n name: "d"\n id: 5\n', "a block is not closed"),
+        (blocks + blocks, "id 3 is given twice"), ("", "holds no label"),
     ):  # fmt: skip
         with pytest.raises(AvaError, match=message):
             read_label_map(written(tmp_path / "l.pbtxt", text))
@@ -99,6 +101,11 @@ def test_person_boxes_of_three_formats(tmp_path: Path) -> None:
     written(boxes, json.dumps([{"image_id": 8, "bbox": [1, 1, 2, 2], "score": 0.9}]))
     with pytest.raises(AvaError, match="entry 0 is no box of a known image"):
         read_person_boxes(boxes, tmp_path / "images.json")
+    written(boxes, json.dumps([{"image_id": 7, "bbox": [960, 180, 320, 180], "score": 0.9}]))
+    with pytest.raises(AvaError, match=r"p\.json: v,0902: a box lies outside the frame"):
+        read_person_boxes(boxes, tmp_path / "images.json")
+    with pytest.raises(AvaError, match=r"p\.csv: v,0902: the score of a person must lie in 0\.\.1, got 90"):
+        read_person_boxes(written(tmp_path / "p.csv", "v,902,0.25,0.5,0.75,1.0,90\n"))
     (tmp_path / "p.pkl").write_bytes(pickle.dumps({"v,0902": expected}))
     np.testing.assert_allclose(read_person_boxes(tmp_path / "p.pkl")["v,0902"], expected)
 

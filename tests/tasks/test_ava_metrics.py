@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vmae2_fast import cli
+from vmae2_fast import cli, draw_actions
 from vmae2_fast.data import decode_video, probe
 from vmae2_fast.data.ava import Rows, read_annotations, read_results
 from vmae2_fast.data.synthetic_ava import write_ava_scenes
@@ -108,10 +108,11 @@ def test_boxes_are_drawn_on_the_video(scenes: Path, ending: str, tmp_path: Path,
     command = ["draw", "ava", str(video), str(scenes / "det.csv"), "--labels", str(scenes / "labels.pbtxt"), "--out", str(out)]
     cli.main([*command, "--json"])
     written = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert written["frames"] == probe(str(video)).num_frames == probe(str(out)).num_frames
-    assert written["boxes"] == 2 * 25  # within half a second of the key frame
+    every = {"mp4": 1, "gif": 3}[ending]  # 25 frames a second, of a GIF at most 10
+    assert written["frames"] == -(-probe(str(video)).num_frames // every) == probe(str(out)).num_frames
+    assert abs(written["boxes"] - 2 * 25 / every) <= 2  # within half a second of the key frame
     ids = np.asarray([0, 24])
-    before, after = (decode_video(str(path), ids).astype(int) for path in (video, out))
+    before, after = (decode_video(str(p), ids // e).astype(int) for p, e in ((video, 1), (out, every)))
     changed = np.abs(before - after).max(-1) > 60
     assert changed[1].mean() > 0.05  # boxes and labels at the key frame
     assert changed[0].mean() < changed[1].mean() / 2  # none a second before
@@ -119,10 +120,52 @@ def test_boxes_are_drawn_on_the_video(scenes: Path, ending: str, tmp_path: Path,
     for changes, message in (
         (["--out", str(tmp_path / "a.avi")], "must be .mp4 or .gif"),
         (["--threshold", "0.95"], "no detection of"),
+        (["--most", "0"], "--most 0: must be at least 1"),
+        (["--start-second", "902"], "say with --start-second when the film begins"),
+        (["--begin", "70"], "no frame from 70.0 to None s, it has those from 0 to"),
+        (["--start-second", "nan"], "--start-second nan: must be a number"),
     ):
-        with pytest.raises(SystemExit):
+        with pytest.raises(SystemExit) as stop:
             cli.main([*command, *changes])
+        assert stop.value.code == 2
         assert message in capsys.readouterr().err
+    assert [f.name for f in tmp_path.iterdir()] == [out.name]
+
+
+def test_a_part_is_drawn_and_boxes_without_area_are_counted(
+    scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("PIL")
+    frame = read_results(scenes / "det.csv").frames[0]
+    name, _, second = frame.partition(",")
+    (tmp_path / "det.csv").write_text(f"{frame},0.2,0.2,0.8,0.8,3,0.9\n{frame},0.8,0.8,0.2,0.2,3,0.9\n")
+    cli.main(["draw", "ava", str(scenes / "videos" / f"{name}.mp4"), str(tmp_path / "det.csv"), "--begin", second, "--end",
+              str(float(second) + 0.21), "--out", str(tmp_path / "part.mp4"), "--json"])  # fmt: skip
+    told = capsys.readouterr()
+    written = json.loads(told.out.splitlines()[-1])
+    assert (written["frames"], written["boxes"], written["flat"]) == (6, 6, 1)
+    assert probe(str(tmp_path / "part.mp4")).num_frames == 6
+    assert "warning: 1 detections without area" in told.err
+
+
+def test_frames_of_a_gif_are_few_and_small() -> None:
+    seconds = np.arange(300) / 30
+    ids, rate = draw_actions._shown(seconds, None, None, 10.0)
+    assert (ids[:3].tolist(), rate) == ([0, 3, 6], 10)
+    ids, rate = draw_actions._shown(seconds, 2.0, 3.0, None)
+    assert (ids[0], ids[-1], rate) == (60, 90, 30)
+
+
+def test_nothing_detected_is_told(
+    scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "none.csv").write_text("")
+    cli.main(["score", "ava", str(scenes / "val.csv"), str(tmp_path / "none.csv"), "--json"])
+    told = capsys.readouterr()
+    found = json.loads(told.out.splitlines()[-1])
+    assert found["frame_map"] == 0
+    assert found["left_out"] == {"annotated key frames without any detection": 3}
+    assert "warning: 3 annotated key frames without any detection" in told.err
 
 
 def test_annotations_of_the_scenes_are_read(scenes: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +16,9 @@ from torch.nn import functional as F
 from tests.tiny_runs import AVA_MODEL as MODEL
 from tests.tiny_runs import ava_config as config
 from vmae2_fast import cli
-from vmae2_fast.config import AvaConfig, ModelConfig, TrainConfig
-from vmae2_fast.data.ava import ACTIONS, AvaError, read_annotations, write_results
+from vmae2_fast.config import AvaConfig, ModelConfig, TrainConfig, save
+from vmae2_fast.data import decode_video
+from vmae2_fast.data.ava import ACTIONS, AvaError, read_annotations, read_results, write_results
 from vmae2_fast.data.ava_loader import AvaBatch
 from vmae2_fast.data.loader import BadDataError
 from vmae2_fast.data.synthetic_ava import COLOURS, write_ava_scenes
@@ -139,12 +142,49 @@ def _changed(scenes: Path, tmp_path: Path, **changes) -> AvaConfig:
     return dataclasses.replace(plain, data=dataclasses.replace(plain.data, **changes), validation=None)
 
 
+def test_people_of_a_video_of_ones_own_are_detected_and_drawn(
+    scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No annotations: the key frames are those of the boxes. A real clip where VMAE2_CLIPS has it."""
+    pytest.importorskip("PIL")
+    given = Path(os.environ.get("VMAE2_CLIPS", "")) / "one_by_one_person.mp4"
+    real = bool(os.environ.get("VMAE2_CLIPS")) and given.is_file()
+    clip = given if real else scenes / "videos" / "scene_0000.mp4"
+    run = config(scenes, tmp_path)
+    folder = tmp_path / "run"
+    folder.mkdir()
+    save(run, folder / "config.json")
+    save_weights(create_task(run).model, folder / "weights.safetensors")
+    people = tmp_path / "people.csv"
+    people.write_text(f"{clip.stem},1,0.2,0.1,0.6,0.9,0.9\n{clip.stem},1,0.5,0.2,0.9,0.9,0.95\n{clip.stem},2,0,0,1,1,0.5\n")
+    out, picture = tmp_path / "det.csv", tmp_path / "drawn.mp4"
+    cli.main(["detect", "ava", str(folder), "--videos", str(clip), "--boxes", str(people), "--out", str(out), "--json"])
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["rows"] == 2 * ACTIONS  # the third person scores too little
+    found = read_results(out)
+    assert set(found.frames) == {f"{clip.stem},0001"}
+    assert {tuple(box) for box in found.boxes.tolist()} == {(0.2, 0.1, 0.6, 0.9), (0.5, 0.2, 0.9, 0.9)}
+    cli.main(["draw", "ava", str(clip), str(out), "--threshold", "0", "--begin", "0.9", "--end", "1.1", "--out", str(picture)])
+    first = decode_video(str(picture), np.asarray([0])).astype(int)[0]
+    assert (np.abs(first - first.mean((0, 1))).max(-1) > 60).any()
+    for arguments, message in (
+        (["--videos", str(clip)], "--videos and --boxes go together"),
+        (["--videos", "gone.mp4", "--boxes", str(people)], "gone.mp4: no such video"),
+        (["--videos", str(scenes), "--boxes", str(people)], "holds no video of"),
+        (["--videos", str(clip), "--boxes", "gone.csv"], "gone.csv: cannot be read"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            cli.main(["detect", "ava", str(folder), "--out", str(tmp_path / "no.csv"), *arguments])
+        assert stop.value.code == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "no.csv").exists()
+
+
 def test_what_cannot_be_trained_on_is_one_error(scenes: Path, tmp_path: Path) -> None:
     (tmp_path / "gone.csv").write_text("nobody,0001,0.1,0.1,0.5,0.5,1,0\n")
     (tmp_path / "late.csv").write_text("scene_0000,0009,0.1,0.1,0.5,0.5,1,0\n" * 2)
     for changes, message in (
         ({"videos": str(tmp_path / "none")}, "does not exist"),
-        ({"annotations": ""}, "give data.videos .* and data.annotations"),
+        ({"annotations": ""}, "give data.annotations"),
         ({"annotations": str(tmp_path / "gone.csv")}, "holds no video of nobody"),
     ):
         with pytest.raises(AvaError, match=message):

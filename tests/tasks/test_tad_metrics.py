@@ -110,11 +110,24 @@ def test_files_are_scored_and_what_did_not_count_is_told(tmp_path):
     write_detections(tmp_path / "found.json", found)
     half = score_files(tmp_path / "truth.json", tmp_path / "found.json", subset="Test", benchmark="thumos14")
     assert half["average_map"] == pytest.approx(0.5)
-    assert half["not_counted"] == {"annotated videos without any detection": 1}
+    assert half["not_counted"] == {"videos without any detection": 1}
     whole = score_files(
         tmp_path / "truth.json", tmp_path / "found.json", subset="test", benchmark="thumos14", block_list=["w"]
     )
     assert (whole["average_map"], whole["events"], whole["videos"]) == (1.0, 3, 1)
+    database["w"]["annotations"] = []
+    (tmp_path / "odd.json").write_text(json.dumps({"database": database}))
+    late = {**found, "w": Detections(np.array([[2.0, 40.0]]), tuple(TRUTH["v"].labels[:1]), np.array([0.95]))}
+    write_detections(tmp_path / "late.json", late)
+    odd = score_files(tmp_path / "odd.json", tmp_path / "late.json", subset="test", benchmark="thumos14")
+    assert odd["average_map"] < 1
+    assert odd["not_counted"] == {
+        "videos in which nothing is annotated (detections on them are wrong)": 1,
+        "detections reaching out of their video by more than a second (they count)": 1,
+    }
+    (tmp_path / "twice.json").write_text('{"results": {"v": [], "v": []}}')
+    with pytest.raises(TadError, match=r"twice\.json: 'v' is named twice"):
+        score_files(tmp_path / "odd.json", tmp_path / "twice.json", subset="test", benchmark="thumos14")
     for entry in database.values():
         entry["annotations"] = []
     (tmp_path / "empty.json").write_text(json.dumps({"database": database}))

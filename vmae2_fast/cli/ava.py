@@ -9,21 +9,36 @@ from typing import Any, Literal
 
 import tyro
 
-from ..config import load
+from ..config import load, require
 
 
 def detect_ava(
-    run: tyro.conf.Positional[str], *, out: str = "detections.csv", weights: str | None = None
+    run: tyro.conf.Positional[str],
+    *,
+    out: str = "detections.csv",
+    weights: str | None = None,
+    videos: str | None = None,
+    boxes: str | None = None,
+    box_images: str | None = None,
+    start_second: float = 0.0,
 ) -> dict[str, Any]:
-    """Write the detections of a trained action detector on its validation set.
+    """Write the detections of a trained action detector on its validation set, or on videos and people of your own.
 
     Example: vmae2 detect ava runs/ava_vit_base --out detections.csv
+
+    Example: vmae2 detect ava runs/ava_vit_base --videos clip.mp4 --boxes people.csv
 
     Args:
         run: run directory of an AVA recipe.
         out: result file, rows video,second,x1,y1,x2,y2,action,score.
         weights: default those of the best validation, else the last ones.
+        videos: a video file or a folder of them, instead of the validation set.
+        boxes: people of those videos and the key frames to look at, rows video,second,x1,y1,x2,y2,score, or .json, .pkl.
+        box_images: JSON of the images that the boxes of a .json belong to.
+        start_second: second of the first frame of those videos.
     """
+    import dataclasses
+
     from ..config import AvaConfig
     from ..data.ava import write_results
     from ..models import load_weights
@@ -35,6 +50,15 @@ def detect_ava(
         raise ValueError(f"{folder} holds no action detector but a {type(config).__name__}")
     if not target.parent.is_dir():
         raise ValueError(f"{target.parent}: no such folder; make it or choose another --out")
+    require((videos is None) == (boxes is None), "detect ava: --videos and --boxes go together")
+    if videos is not None:
+        place = Path(videos)
+        require(place.exists(), f"{videos}: no such video or folder")
+        own = dataclasses.replace(
+            config.validation or config.data, videos=str(place if place.is_dir() else place.parent), annotations="",
+            exclusions=None, boxes=boxes, box_images=box_images, start_second=start_second,
+        )  # fmt: skip
+        config = dataclasses.replace(config, validation=own)
     best = folder / "best.safetensors"
     source = weights or str(best if best.exists() else folder / "weights.safetensors")
     task = AvaTask(config)
@@ -88,10 +112,12 @@ def draw_ava(
     threshold: float = 0.3,
     most: int = 3,
     start_second: float = 0.0,
+    begin: float | None = None,
+    end: float | None = None,
 ) -> dict[str, Any]:
     """Draw action detections on their video.
 
-    Example: vmae2 draw ava clip.mp4 detections.csv --labels labels.pbtxt --out clip.gif
+    Example: vmae2 draw ava clip.mp4 detections.csv --labels labels.pbtxt --begin 3 --end 9 --out clip.gif
 
     Args:
         video: the video file.
@@ -102,13 +128,18 @@ def draw_ava(
         threshold: least score that is shown.
         most: actions shown a box.
         start_second: second of the first frame.
+        begin: second from which on is drawn, default the first.
+        end: second up to which is drawn, default the last.
     """
     from ..data.ava import read_label_map, read_results
     from ..draw_actions import draw_actions
 
     names = read_label_map(labels) if labels is not None else {}
-    options: dict[str, Any] = {"name": name, "threshold": threshold, "most": most, "start_second": start_second}
+    options: dict[str, Any] = {"name": name, "threshold": threshold, "most": most, "start_second": start_second,
+                               "begin": begin, "end": end}  # fmt: skip
     written = draw_actions(video, read_results(results), out, names=names, **options)
+    if written["flat"]:
+        print(f"warning: {written['flat']} detections without area", file=sys.stderr)
     print(f"wrote {written['out']}: {written['boxes']} boxes on {written['frames']} frames")
     return written
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -44,6 +45,7 @@ def features(
     name alone, as annotations call it.
 
     Example: vmae2 tad features thumos14/videos --weights vit_g_k710.pth --model vit_giant_patch14_224 --out th14_features
+
     Example: vmae2 tad features fineaction/videos --weights runs/finetune --step 16 --out features --shard 1/8
 
     Args:
@@ -132,6 +134,7 @@ def detect(
     """Write the detections of a trained temporal detector.
 
     Example: vmae2 tad detect runs/thumos14_vit_giant --out detections.json
+
     Example: vmae2 tad detect runs/thumos14_vit_giant --features my_features --videos match_3
 
     Args:
@@ -181,6 +184,8 @@ def draw(
     from ..data.tad import TadError, read_annotations, read_detections
     from ..timeline import draw_timelines
 
+    require(most >= 1, f"--most {most}: must be at least 1")
+    require(math.isfinite(threshold), f"--threshold {threshold}: must be a number")
     target, found = _target(out, ".png", ".svg", ".pdf"), read_detections(detections)
     for name in videos:
         if name not in found:

@@ -172,10 +172,12 @@ def read_label_map(path: Path_) -> dict[int, str]:
         text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise AvaError(f"{path}: cannot read the label map: {getattr(error, 'strerror', None) or error}") from error
+    if text.count("{") != text.count("}"):
+        raise AvaError(f"{path}: a block is not closed: {text.count('{')} times '{{', {text.count('}')} times '}}'")
     names: dict[int, str] = {}
     for block in re.findall(r"\{(.*?)\}", text, re.DOTALL):
         name = re.search(r"""name\s*:\s*["'](.*?)["']\s*$""", block, re.MULTILINE)
-        number = re.search(r"\b(?:label_)?id\s*:\s*(\d+)", block)
+        number = re.search(r"\b(?:label_)?id\s*:\s*(\d+)\s*(?:$|[,;#]|name)", block, re.MULTILINE)
         if name is None or number is None or not 1 <= int(number[1]) <= ACTIONS:
             raise AvaError(f"{path}: a block needs a name and an id in 1..{ACTIONS}, got {' '.join(block.split())!r}")
         if int(number[1]) in names:
@@ -204,11 +206,19 @@ def key_frames(rows: Rows, exclusions: frozenset[str] = frozenset()) -> list[Key
     return found
 
 
+def unannotated(names: Iterable[str]) -> list[KeyFrame]:
+    """Key frames of which nothing but their name is known."""
+    parts = [(name, *name.rpartition(",")[::2]) for name in names]
+    nobody, nothing = np.zeros((0, 4)), np.zeros((0, ACTIONS), dtype=np.float32)
+    return [KeyFrame(name, video, float(second), nobody, nothing) for name, video, second in parts]
+
+
 def read_person_boxes(path: Path_, images: Path_ | None = None) -> dict[str, np.ndarray]:
     """Detected people: key frame -> float64 [n, 5] (x1, y1, x2, y2 as shares, score), in the order of the file.
 
     path: .csv, .json (then `images` is the JSON that names each image_id's movie, timestamp, width and height) or .pkl.
-    Raises AvaError for a file that is none of these, and for pickles that hold more than arrays and plain values.
+    Raises AvaError for a file that is none of these, boxes that lie outside their frame, scores outside 0..1, and for pickles
+    that hold more than arrays and plain values.
     """
     ending = Path(path).suffix.lower()
     if ending == ".json":
@@ -222,7 +232,13 @@ def read_person_boxes(path: Path_, images: Path_ | None = None) -> dict[str, np.
                 raise AvaError(f"{where}: expected `video,second,x1,y1,x2,y2,score`, got {len(columns)} columns")
             row = [*_box(where, columns[2:6]), *_numbers(where, columns[-1:], "the score")]
             found.setdefault(_frame(where, columns), []).append(row)
-    return {frame: np.asarray(rows, dtype=np.float64).reshape(-1, 5) for frame, rows in found.items()}
+    people = {frame: np.asarray(rows, dtype=np.float64).reshape(-1, 5) for frame, rows in found.items()}
+    for frame, rows in people.items():
+        if (np.abs(rows[:, :4] - 0.5) > 0.5 + _LOOSE).any():
+            raise AvaError(f"{path}: {frame}: a box lies outside the frame")
+        if (np.abs(rows[:, 4] - 0.5) > 0.5).any():
+            raise AvaError(f"{path}: {frame}: the score of a person must lie in 0..1, got {rows[:, 4].max():g}")
+    return people
 
 
 def _json(path: Path_) -> Any:
@@ -279,7 +295,7 @@ def _pickled(path: Path_) -> dict[str, Any]:
         for key, rows in table.items():
             video, _, second = str(key).rpartition(",")
             array = np.asarray(rows, dtype=np.float64).reshape(-1, 5)
-            if not video or not np.isfinite(array).all() or (abs(array[:, :4] - 0.5) > 0.5 + _LOOSE).any():
+            if not video or not np.isfinite(array).all():
                 raise ValueError(f"{key!r} is no key frame with boxes as shares of it")
             found[key_name(video, float(second))] = array
     except (OSError, ValueError, TypeError, AttributeError, EOFError, ImportError, pickle.UnpicklingError) as error:

@@ -21,7 +21,7 @@ from ..ops.resize import Window, resize_crop
 from ..ops.yuv import Yuv420, frame_size
 from . import boxes as geometry
 from . import sampling
-from .ava import AvaError, KeyFrame, key_frames, read_annotations, read_exclusions, read_person_boxes
+from .ava import AvaError, KeyFrame, key_frames, read_annotations, read_exclusions, read_person_boxes, unannotated
 from .evaluation_loader import EvaluationLoader
 from .images import image_files
 from .loader import Draw, Finished, Replaced, VideoLoader, pinned
@@ -99,16 +99,16 @@ class _KeyFrames:
     frames: int
 
     def _open(self, data: AvaDataConfig) -> list[Source]:
-        if not data.videos or not data.annotations:
-            raise AvaError("give data.videos (a folder) and data.annotations (a file)")
+        if not data.videos:
+            raise AvaError("give data.videos (a folder)")
         if not os.path.isdir(data.videos):
             raise AvaError(f"data.videos: the folder {data.videos} does not exist")
-        excluded = read_exclusions(data.exclusions) if data.exclusions else frozenset()
-        found = self._choose(key_frames(read_annotations(data.annotations), excluded), data)
+        found = self._find(data)
         self.key_frames = [frame for frame in found if len(frame.boxes)]
         self.boxless = len(found) - len(self.key_frames)
         if not self.key_frames:
-            raise AvaError(f"{data.annotations}: no key frame has boxes{' after exclusions' if excluded else ''}")
+            why = " after exclusions" if data.exclusions else ""
+            raise AvaError(f"{data.annotations or data.boxes}: no key frame has boxes{why}")
         there = self._videos_of(data)
         totals: dict[str, Record] = {}
         for frame in self.key_frames:
@@ -122,8 +122,11 @@ class _KeyFrames:
             )
         ]  # fmt: skip
 
-    def _choose(self, frames: list[KeyFrame], data: AvaDataConfig) -> list[KeyFrame]:
-        return frames
+    def _find(self, data: AvaDataConfig) -> list[KeyFrame]:
+        if not data.annotations:
+            raise AvaError("give data.annotations (a file)")
+        excluded = read_exclusions(data.exclusions) if data.exclusions else frozenset()
+        return key_frames(read_annotations(data.annotations), excluded)
 
     @staticmethod
     def _videos_of(data: AvaDataConfig) -> dict[str, str]:
@@ -141,7 +144,8 @@ class _KeyFrames:
         # AVA-Kinetics cuts carry their times behind the id: ID_000012_000022
         name = there.get(video) or next((there[k] for k in there if k.startswith(f"{video}_") and _cut_name(k, video)), None)
         if name is None:
-            raise AvaError(f"{data.annotations}: {data.videos} holds no video of {video} (looked for {video}.mp4 or {video}/)")
+            named = data.annotations or data.boxes
+            raise AvaError(f"{named}: {data.videos} holds no video of {video} (looked for {video}.mp4 or {video}/)")
         path = os.path.join(data.videos, name)
         total = len(image_files(path)) if os.path.isdir(path) else -1
         if total == 0:
@@ -229,17 +233,19 @@ def _cut_whole(short: int, video: torch.Tensor | Yuv420, _: None) -> tuple[np.nd
 
 
 class AvaEvaluationLoader(_KeyFrames, EvaluationLoader):
-    """Every key frame once (`AvaClip`), with the detected people of `data.boxes`, or the annotated ones.
+    """Every key frame once (`AvaClip`), with the detected people of `data.boxes`, or the annotated ones. Without annotations
+    the key frames are those of `data.boxes`.
 
-    `boxless`: annotated key frames on which nobody was detected; they count as missed.
+    `boxless`: key frames on which nobody was detected; annotated ones count as missed.
     """
 
-    def _choose(self, frames: list[KeyFrame], data: AvaDataConfig) -> list[KeyFrame]:
+    def _find(self, data: AvaDataConfig) -> list[KeyFrame]:
         self._people: dict[str, np.ndarray] | None = None
         if data.boxes is None:
-            return frames
+            return super()._find(data)
         people = read_person_boxes(data.boxes, data.box_images)
         self._people = {name: rows[rows[:, 4] >= data.box_score] for name, rows in people.items()}
+        frames = super()._find(data) if data.annotations else unannotated(people)
         empty = np.zeros((0, 5))
         unlabelled = np.zeros((0, 0), dtype=np.float32)
         return [frame._replace(boxes=self._people.get(frame.name, empty)[:, :4], labels=unlabelled) for frame in frames]

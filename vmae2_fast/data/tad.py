@@ -51,12 +51,25 @@ class Annotations(NamedTuple):
     """Annotations that were left out, by reason."""
 
 
+class _Twice(ValueError):
+    """A key that a JSON object has twice."""
+
+
+def _named_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise _Twice(Counter(key for key, _ in pairs).most_common(1)[0][0])
+    return found
+
+
 def _read_json(path: str | Path, what: str, key: str) -> dict[str, Any]:
     """The object under `key` of a JSON file."""
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=_named_once)
     except OSError as error:
         raise TadError(f"{path}: {error.strerror or error}") from error
+    except _Twice as error:
+        raise TadError(f"{path}: {error.args[0]!r} is named twice; which one is meant cannot be known") from None
     except (ValueError, RecursionError) as error:
         raise TadError(f"{path}: not JSON: {error}") from error
     if not isinstance(content, dict) or not isinstance(content.get(key), dict):

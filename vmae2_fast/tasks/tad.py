@@ -52,6 +52,24 @@ def _ranks() -> Iterator[tuple[int, int, Callable[[Any], list[Any]]]]:
         dist.destroy_process_group(group)
 
 
+def check_video_scores(config: TadConfig) -> None:
+    """Raises TadError, saying what makes them, if validation lacks the class scores of a video; costs no decoding."""
+    data, path = config.validation, config.video_scores
+    if data is None or path is None:
+        return
+    how = f"make them first: vmae2 tad scores {data.videos or 'VIDEOS'} --weights CLASSIFIER --out {path}"
+    if not os.path.exists(path):
+        raise TadError(f"{path}: the class scores of the videos are not there; {how}")
+    scores, annotations = read_video_scores(path), read_annotations(data.annotations)
+    missing = [n for n in choose_subset(annotations, data.subset, data.block_list) if n not in scores.scores]
+    if missing:
+        raise TadError(f"{path}: no class scores of {missing[0]} (and {len(missing) - 1} more); {how}")
+    strangers = [name for name in scores.classes if name not in annotations.classes]
+    if strangers:
+        told = f"{len(strangers)} of {len(scores.classes)} classes are in no annotation, for example {strangers[0]!r}"
+        print(f"{path}: {told}", file=sys.stderr)
+
+
 class TadTask(Task[TadConfig]):
     """Focal loss of every valid point and IoU loss of the positive ones, both divided by the moving average of the number of
     positive points of a global batch (`ActionFormer.normalizer`)."""
@@ -140,6 +158,7 @@ class TadTask(Task[TadConfig]):
     def training_loader(  # type: ignore[override]
         self, clips_per_batch: int, quarantine: str | os.PathLike[str] | None = None, *, rank: int = 0, world: int = 1
     ) -> TadLoader:
+        check_video_scores(self.config)  # before the features, which may take days
         source = self._source(self.config.data, training=True)
         return TadLoader(
             source, self.model.config, clips_per_batch=clips_per_batch, seed=self.config.seed, rank=rank, world=world
@@ -154,22 +173,8 @@ class TadTask(Task[TadConfig]):
         """Nothing to do: annotations are checked as they are read."""
 
     def check_validation(self) -> None:
-        if self.config.validation is None:
-            return
-        loader = self.validation_views()
-        if self.config.video_scores is not None:
-            scores = read_video_scores(self.config.video_scores)
-            missing = [v.name for v in loader.source.videos if v.name not in scores.scores]
-            if missing:
-                raise TadError(f"{self.config.video_scores}: no class scores of {missing[0]} (and {len(missing) - 1} more)")
-            known = set(read_annotations(self.config.validation.annotations).classes)
-            strangers = [name for name in scores.classes if name not in known]
-            if strangers:
-                print(
-                    f"{self.config.video_scores}: {len(strangers)} of {len(scores.classes)} classes are in no annotation, for "
-                    f"example {strangers[0]!r}",
-                    file=sys.stderr,
-                )
+        if self.config.validation is not None:
+            self.validation_views()
 
     def static_count(self, clips: int) -> None:
         """The number of positive points differs from batch to batch."""

@@ -30,6 +30,7 @@ from ..data.synthetic_ava import write_ava_scenes
 from ..data.synthetic_tad import write_tad_features, write_untrimmed_scenes
 from ..models import resolve
 from ..ops.masks import mask_sizes
+from ..tasks.tad import check_video_scores
 from .loop import train
 from .parallel import join
 from .run_directory import WEIGHT_KEYS
@@ -86,7 +87,8 @@ def run_progression(
 
     `init` replaces what the first stage starts from (see `starting_from`); `resume=False` runs these stages from their start;
     `profile` writes a trace of each.
-    Raises ValueError if a stage wants weights that neither exist nor come from a stage that runs.
+    Raises ValueError if a stage wants weights that neither exist nor come from a stage that runs, or class scores of
+    videos that nobody has made.
     """
     out = Path(progression.out)
     chosen = selected(progression, start, until)
@@ -100,6 +102,9 @@ def run_progression(
 
     def begin() -> dict[str, Any]:
         made = prepare(progression)
+        for stage in stages:
+            if isinstance(stage, TadConfig):
+                check_video_scores(stage)  # now, not when the stages before have taken weeks
         out.mkdir(parents=True, exist_ok=True)
         save(progression, out / PLAN)
         return made

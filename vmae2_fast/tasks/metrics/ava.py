@@ -107,6 +107,7 @@ def frame_map(
     detected: defaultdict[str, list[int]] = defaultdict(list)
     for i in kept(results, "detections"):
         detected[results.frames[i]].append(i)
+    left_out["annotated key frames without any detection"] = len(annotated - detected.keys())
     scores: defaultdict[int, list[float]] = defaultdict(list)
     hits: defaultdict[int, list[bool]] = defaultdict(list)
     for frame, found in detected.items():
