@@ -24,6 +24,7 @@ from torch import nn
 from ..config import MaskConfig, ModelConfig, RunConfig
 from ..models.sizes import ModelSpec, StackSpec, resolve
 from ..ops.masks import mask_sizes
+from .batch import batch_unit
 
 Precision = Literal["float32", "bfloat16", "float16"]
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -248,7 +249,9 @@ def saved_bytes(run: Callable[[], Any], model: nn.Module) -> int:
 def knobs(run: RunConfig) -> str:
     """Flags that lower the memory of a step, those first that cost no time."""
     train = run.train
-    offers = [] if train.micro_batch == run.data.views else ["a lower --train.micro-batch (more of them a step)"]
+    micro = train.micro_batch  # 0: the smallest was tried
+    lower = micro is None or micro > batch_unit(run)[1]
+    offers = ["a lower --train.micro-batch (more of them a step)"] if lower else []
     if train.precision == "float32":
         offers.append("--train.precision bfloat16")
     if run.model.residual_dtype == "float32":
