@@ -8,11 +8,14 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from vmae2_fast.config import DistillConfig, Progression, TadConfig, from_dict, to_dict
 from vmae2_fast.data.augment import OFFICIAL, OFFICIAL_MIX
+from vmae2_fast.data.manifest import ManifestError, open_sources
+from vmae2_fast.data.schedule import Mixture
 from vmae2_fast.models import build_model
 from vmae2_fast.recipes import pretrain, progressive
 from vmae2_fast.recipes_index import all_recipes, find
@@ -142,16 +145,54 @@ def test_post_pretraining_augments_and_counts_clips(name: str, variant: str) -> 
         assert scaled_lr(run.optim.lr, run.train.global_batch, run.optim.lr_batch) == pytest.approx(1e-3 * 128 / 256)
 
 
+def write_lists(toml: Path, **clips: int) -> None:
+    tables = []
+    for name, count in clips.items():
+        root = toml.parent / name
+        root.mkdir(exist_ok=True)
+        (root / "train.csv").write_text("".join(f"{i}.mp4 0 -1\n" for i in range(count)))
+        tables.append(f'[{name}]\nroot = "{name}"\ntrain = "train.csv"\nkind = "video"\n')
+    toml.write_text("".join(tables))
+
+
+@pytest.mark.parametrize("lengths", [{"k710": 640, "ssv2": 48}, {"ssv2": 30, "ava": 500, "webvid": 7}])
+def test_hybrid_available_draws_the_proportions_it_prints(
+    lengths: dict[str, int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    toml = tmp_path / "datasets.toml"
+    write_lists(toml, **lengths)
+    data = pretrain.hybrid_available(datasets=str(toml)).data
+    told = dict(re.findall(r"(\w+) ([\d.]+)%", capsys.readouterr().err.partition(";")[0]))
+    sources = open_sources(data)
+    mixture = Mixture([len(s.manifest) for s in sources], [s.weight for s in sources], seed=0)
+    assert len(mixture) == sum(lengths.values())
+    drawn = np.bincount(np.concatenate([mixture.order(epoch)[0] for epoch in range(4)])) / (4 * len(mixture))
+    for source, share in zip(sources, drawn, strict=True):
+        assert share == pytest.approx(float(told[source.name]) / 100, abs=1e-3)
+        assert share == pytest.approx(pretrain.HYBRID[source.name] / sum(pretrain.HYBRID[s.name] for s in sources), abs=1e-3)
+
+
+def test_hybrid_available_with_the_published_lists_weighs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pretrain, "HYBRID", {"k710": 658, "ssv2": 169, "ava": 21})
+    write_lists(tmp_path / "datasets.toml", **pretrain.HYBRID)
+    run = pretrain.hybrid_available(datasets=str(tmp_path / "datasets.toml"))
+    assert [s.weight for s in run.data.sources] == [1.0, 1.0, 1.0]
+
+
 def test_hybrid_available_names_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     toml = tmp_path / "datasets.toml"
-    toml.write_text('[k710]\nroot = "k"\n[ssv2]\nroot = "s"\n')
+    write_lists(toml, k710=640, ssv2=48)
     run = pretrain.hybrid_available(size="giant", datasets=str(toml))
     full = pretrain.vit_giant_hybrid()
-    assert [s.name for s in run.data.sources] == ["k710", "ssv2"]
+    assert [(s.name, s.stride) for s in run.data.sources] == [("k710", 4), ("ssv2", 2)]
     assert dataclasses.replace(run, name=full.name, data=full.data) == full
     told = capsys.readouterr().err
-    assert "k710 79.6%, ssv2 20.4%; missing ava, webvid, own_web (38.6% of the published clips)" in told
+    assert "k710 79.6% (640 clips, weight 0.8555), ssv2 20.4% (48 clips, weight 2.927); missing ava, webvid, own_web" in told
+    assert "(38.6% of the published clips)" in told
     assert "not a reproduction" in told
+    toml.write_text('[ssv2]\nroot = "nowhere"\ntrain = "train.csv"\n')
+    with pytest.raises(ManifestError, match=r"train\.csv"):
+        pretrain.hybrid_available(datasets=str(toml))
     toml.write_text("")
     with pytest.raises(ValueError, match="none of the sources of UnlabeledHybrid"):
         pretrain.hybrid_available(datasets=str(toml))
