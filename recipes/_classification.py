@@ -26,6 +26,9 @@ class Settings:
     weight_decay: float = 0.05
     head_dropout: float = 0.0
     clip_grad: float | None = None
+    group: int = 2
+    """Clips mixed with each other (`MixConfig.clips`). The scripts mix all clips of a device, first with last: pairs, as in
+    groups of 2, where it holds an even number; of 3 the one in the middle meets its own other view, as in groups of 3."""
 
 
 def model_name(size: str) -> str:
@@ -67,8 +70,9 @@ def classification(
             weight_decay=settings.weight_decay, layer_decay=settings.layer_decay, clip_grad=settings.clip_grad,
         ),
         train=TrainConfig(
-            epochs=settings.epochs, global_batch=views * settings.clips, precision="bfloat16", checkpoint_every=1000,
+            epochs=settings.epochs, global_batch=views * settings.clips, micro_batch=0, precision="bfloat16",
+            checkpoint_every=1000,
         ),
-        mix=OFFICIAL_MIX,
+        mix=dataclasses.replace(OFFICIAL_MIX, clips=settings.group),
         views=ViewsConfig(segments=segments or labelled.segments, crops=labelled.crops),
     )  # fmt: skip

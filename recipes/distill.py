@@ -48,7 +48,7 @@ def vit_base_features() -> DistillConfig:
         mask=MaskConfig(encoder_ratio=0.9, decoder="none"),
         data=dataclasses.replace(labelled_set("k710").training(views=1), augment=AugmentConfig()),
         optim=OptimConfig(lr=1.5e-4, min_lr=1e-4, warmup_epochs=40, betas=(0.9, 0.95), weight_decay=0.05),
-        train=TrainConfig(epochs=400, global_batch=1024, precision="bfloat16", checkpoint_every=1000),
+        train=TrainConfig(epochs=400, global_batch=1024, micro_batch=0, precision="bfloat16", checkpoint_every=1000),
     )
 
 
@@ -66,6 +66,6 @@ def _distill(size: str, name: str, *, lr: float, batch: int) -> DistillConfig:
         optim=OptimConfig(
             lr=lr, min_lr=1e-6, warmup_epochs=5, betas=(0.9, 0.999), weight_decay=0.05, layer_decay=0.75, clip_grad=1.0
         ),
-        train=TrainConfig(epochs=100, global_batch=batch, precision="bfloat16", checkpoint_every=1000),
+        train=TrainConfig(epochs=100, global_batch=batch, micro_batch=0, precision="bfloat16", checkpoint_every=1000),
         views=ViewsConfig(segments=labelled.segments, crops=labelled.crops),
     )

@@ -4,7 +4,9 @@
 settings) where the two disagree; both scale the learning rate by clips, not by their two views (repeated augmentation), as
 the scripts do. Start weights are yours to give: `--init` with post-pre-trained (K710) weights for Kinetics, UCF101 and
 HMDB51, whose head is turned into K400's, K600's or K700's rows; pre-trained weights for SSv1 and SSv2, which
-post-pre-training makes worse (paper, section 4.2). Sets are tables of your `datasets.toml` (`vmae2_fast.data.labelled_sets`).
+post-pre-training makes worse (paper, section 4.2). GPUs are the scripts', and where the paper's batch of 32 is meant the most
+it can be cut over in pairs of clips to mix; fewer take more forwards a step. Sets are tables of your `datasets.toml`
+(`vmae2_fast.data.labelled_sets`).
 
 Clips of more frames or pixels than 16x224 (64x266: K400 90.0, K600 89.9) get the 16x224 position table interpolated along
 t, y and x; the released script scrambles it there (`models.positions`). The paper does not say how far apart their frames
@@ -38,56 +40,56 @@ _KINETICS_PAPER = Settings(
 )  # fmt: skip
 _LARGE_CLIPS_PAPER = dataclasses.replace(_KINETICS_PAPER, lr=1e-4, epochs=5, drop_path=0.35)
 _SOMETHING_PAPER = Settings(
-    lr=3e-4, epochs=10, warmup=5, clips=96, drop_path=0.35, layer_decay=0.9, head_dropout=0.5
+    lr=3e-4, epochs=10, warmup=5, clips=96, group=3, drop_path=0.35, layer_decay=0.9, head_dropout=0.5
 )  # fmt: skip
-_UCF101 = Settings(lr=1e-3, epochs=50, warmup=5, clips=24, drop_path=0.35, layer_decay=0.9, head_dropout=0.5)
+_UCF101 = Settings(lr=1e-3, epochs=50, warmup=5, clips=24, group=3, drop_path=0.35, layer_decay=0.9, head_dropout=0.5)
 _HMDB51 = dataclasses.replace(_UCF101, lr=5e-4, epochs=15)
 
 
 def vit_giant_k400(variant: Variant = "official") -> ClassifyConfig:
-    """ViT-g on K400 from K710 weights, 16x224: 88.5 / 98.1 with 5x3 views (released model 88.4). 32 GPUs."""
+    """ViT-g on K400 from K710 weights, 16x224: 88.5 / 98.1 with 5x3 views (released model 88.4). 32 GPUs (paper: 16)."""
     return _giant_kinetics("k400", variant)
 
 
 def vit_giant_k600(variant: Variant = "official") -> ClassifyConfig:
-    """ViT-g on K600 from K710 weights, 16x224: 88.8 / 98.2 with 5x3 views. 32 GPUs."""
+    """ViT-g on K600 from K710 weights, 16x224: 88.8 / 98.2 with 5x3 views. 32 GPUs (paper: 16)."""
     return _giant_kinetics("k600", variant)
 
 
 def vit_giant_k700(variant: Variant = "official") -> ClassifyConfig:
-    """ViT-g on K700 from K710 weights, with K400's settings: the paper gives no result. 32 GPUs."""
+    """ViT-g on K700 from K710 weights, with K400's settings: the paper gives no result. 32 GPUs (paper: 16)."""
     return _giant_kinetics("k700", variant)
 
 
 def _giant_kinetics(name: str, variant: Variant) -> ClassifyConfig:
-    official = Settings(lr=1e-5, epochs=3, warmup=1, clips=96, drop_path=0.25, layer_decay=0.9, weight_decay=0.1)
+    official = Settings(lr=1e-5, epochs=3, warmup=1, clips=96, group=3, drop_path=0.25, layer_decay=0.9, weight_decay=0.1)
     settings = official if variant == "official" else _KINETICS_PAPER
     return classification("finetune", "giant", name, settings, cites=_cite(variant, f"ViT-g, K710 to {name.upper()}"))
 
 
 def vit_giant_k400_direct() -> ClassifyConfig:
     """ViT-g on K400 from pre-trained weights, without post-pre-training: 87.2 / 97.4 with 5x3 views. 64 GPUs."""
-    settings = Settings(lr=1e-3, epochs=30, warmup=5, clips=192, drop_path=0.2, layer_decay=0.9)
+    settings = Settings(lr=1e-3, epochs=30, warmup=5, clips=192, group=3, drop_path=0.2, layer_decay=0.9)
     return classification("finetune", "giant", "k400", settings, cites=_cite("official", "ViT-g, K400"), suffix="_direct")
 
 
 def vit_giant_k400_64x266() -> ClassifyConfig:
-    """ViT-g on K400 from K710 weights, 64 frames of 266^2: 90.0 / 98.4 with 2x3 views, 160 TMAC."""
+    """ViT-g on K400 from K710 weights, 64 frames of 266^2: 90.0 / 98.4 with 2x3 views, 160 TMAC. 16 GPUs."""
     return classification("finetune", "giant", "k400", _LARGE_CLIPS_PAPER, clip=(64, 266), segments=2, cites=_PAPER)
 
 
 def vit_giant_k600_64x266() -> ClassifyConfig:
-    """ViT-g on K600 from K710 weights, 64 frames of 266^2: 89.9 / 98.5 with 2x3 views."""
+    """ViT-g on K600 from K710 weights, 64 frames of 266^2: 89.9 / 98.5 with 2x3 views. 16 GPUs."""
     return classification("finetune", "giant", "k600", _LARGE_CLIPS_PAPER, clip=(64, 266), segments=2, cites=_PAPER)
 
 
 def vit_huge_k400_64x288() -> ClassifyConfig:
-    """ViT-H on K400 from K710 weights, 64 frames of 288^2: 89.8 / 98.3 with 4x3 views."""
+    """ViT-H on K400 from K710 weights, 64 frames of 288^2: 89.8 / 98.3 with 4x3 views. 16 GPUs."""
     return classification("finetune", "huge", "k400", _LARGE_CLIPS_PAPER, clip=(64, 288), segments=4, cites=_PAPER)
 
 
 def vit_huge_k600_32x384() -> ClassifyConfig:
-    """ViT-H on K600 from K710 weights, 32 frames of 384^2: 89.6 / 98.4 with 4x3 views."""
+    """ViT-H on K600 from K710 weights, 32 frames of 384^2: 89.6 / 98.4 with 4x3 views. 16 GPUs."""
     return classification("finetune", "huge", "k600", _LARGE_CLIPS_PAPER, clip=(32, 384), segments=4, cites=_PAPER)
 
 
@@ -102,7 +104,7 @@ def vit_giant_ssv1(variant: Variant = "official") -> ClassifyConfig:
 
 
 def _giant_something(name: str, variant: Variant) -> ClassifyConfig:
-    official = Settings(lr=3e-4, epochs=20, warmup=5, clips=96, drop_path=0.25, layer_decay=0.9)
+    official = Settings(lr=3e-4, epochs=20, warmup=5, clips=96, group=3, drop_path=0.25, layer_decay=0.9)
     settings = official if variant == "official" else _SOMETHING_PAPER
     return classification("finetune", "giant", name, settings, cites=_cite(variant, "ViT-g, SSv2"))
 
@@ -132,12 +134,14 @@ def vit_huge_hmdb51() -> ClassifyConfig:
 
 
 def vit_huge_k400(variant: Variant = "official") -> ClassifyConfig:
-    """ViT-H on K400: 86.9 from pre-trained weights (official); 88.6 / 97.9 from K710 weights (paper). 5x3 views. 32 GPUs."""
+    """ViT-H on K400: 86.9 from pre-trained weights (official); 88.6 / 97.9 from K710 weights (paper). 5x3 views.
+    32 GPUs (paper: 16)."""
     return _huge_kinetics("k400", variant)
 
 
 def vit_huge_k600(variant: Variant = "official") -> ClassifyConfig:
-    """ViT-H on K600 from pre-trained (official) or K710 weights (paper: 88.3 / 98.1), 5x3 views. 32 GPUs."""
+    """ViT-H on K600 from pre-trained (official) or K710 weights (paper: 88.3 / 98.1), 5x3 views.
+    32 GPUs (paper: 16)."""
     return _huge_kinetics("k600", variant)
 
 
@@ -224,10 +228,7 @@ def folder(
             lr=1e-3, lr_batch=0 if frozen else 256, min_lr=1e-6, warmup_epochs=1 if frozen else 3, betas=(0.9, 0.999),
             weight_decay=0.05, layer_decay=1.0 if frozen else decay, clip_grad=5.0,
         ),
-        train=TrainConfig(
-            epochs=20 if frozen else 30, global_batch=32, micro_batch=32 if frozen or size in ("small", "base") else 4,
-            precision="bfloat16",
-        ),
+        train=TrainConfig(epochs=20 if frozen else 30, global_batch=32, micro_batch=0, precision="bfloat16"),
     )  # fmt: skip
 
 

@@ -16,7 +16,8 @@ from vmae2_fast.recipes._classification import Settings, Variant, classification
 def vit_giant_k710(variant: Variant = "official") -> ClassifyConfig:
     """ViT-g/14 on K710, 35 epochs, 32 GPUs: 83.8 top-1 of K710, start of K400 88.4."""
     settings = Settings(
-        lr=1e-3, epochs=35, warmup=5, clips=96, drop_path=0.3, layer_decay=0.9, weight_decay=0.1, clip_grad=5.0
+        lr=1e-3, epochs=35, warmup=5, clips=96, drop_path=0.3, layer_decay=0.9, weight_decay=0.1, clip_grad=5.0,
+        group=3,
     )
     return _k710("giant", variant, settings)
 
@@ -39,6 +40,6 @@ def vit_base_k710(variant: Variant = "official") -> ClassifyConfig:
 
 def _k710(size: str, variant: Variant, settings: Settings) -> ClassifyConfig:
     if variant == "paper":
-        settings = dataclasses.replace(settings, lr=1e-3, clips=128)
+        settings = dataclasses.replace(settings, lr=1e-3, clips=128, group=2)
     source = "table of post-pre-training settings" if variant == "paper" else f"vit_{size} K710 fine-tuning script"
     return classification("post_pretrain", size, "k710", settings, cites=f"VideoMAE V2, {source}")

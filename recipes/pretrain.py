@@ -12,12 +12,14 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
+from collections.abc import Iterable
+from fractions import Fraction
 from pathlib import Path
 from typing import Literal
 
 from vmae2_fast.config import DataConfig, MaskConfig, ModelConfig, OptimConfig, PretrainConfig, SourceConfig, TrainConfig
 from vmae2_fast.data.labelled_sets import PUBLISHED_CLIPS
-from vmae2_fast.data.manifest import read_datasets
+from vmae2_fast.data.manifest import open_sources, read_datasets
 
 Variant = Literal["official", "paper"]
 HYBRID = {name: PUBLISHED_CLIPS[name] for name in ("k710", "ssv2", "ava", "webvid", "own_web")}
@@ -45,7 +47,7 @@ def vit_huge_hybrid(variant: Variant = "official") -> PretrainConfig:
 
 
 def vit_large_hybrid(variant: Variant = "official") -> PretrainConfig:
-    """ViT-L/16 on UnlabeledHybrid, 1200 effective epochs, 48 GPUs. Start of K400 85.4, SSv2 75.7."""
+    """ViT-L/16 on UnlabeledHybrid, 1200 effective epochs, 48 GPUs (paper: 64). Start of K400 85.4, SSv2 75.7."""
     return _hybrid("large", variant)
 
 
@@ -66,24 +68,31 @@ def hybrid_available(
 ) -> PretrainConfig:
     """UnlabeledHybrid's sources that are in your datasets.toml, missing share printed. No reproduction: other data.
 
-    The sources present keep their published proportions. datasets: path of the file; default VMAE2_DATASETS, then
-    ./datasets.toml. Raises ValueError if none is there.
+    The sources present keep their published proportions, whatever the lengths of your lists: an epoch has as many clips as
+    the lists together, drawn with weights that make up for the lengths. datasets: path of the file; default
+    VMAE2_DATASETS, then ./datasets.toml. Raises ValueError if none is there, or a list cannot be read.
     """
     path = datasets or os.environ.get("VMAE2_DATASETS") or "datasets.toml"
     tables = read_datasets(path)
-    present = [name for name in HYBRID if name in tables]
+    present = {source.name: source for source in _sources(HYBRID) if source.name in tables}
     if not present:
         raise ValueError(f"{path}: holds none of the sources of UnlabeledHybrid ({', '.join(HYBRID)})")
     missing = [name for name in HYBRID if name not in tables]
     share = sum(HYBRID[name] for name in missing) / sum(HYBRID.values())
     rest = sum(HYBRID[name] for name in present)
+    lists = open_sources(DataConfig(sources=tuple(present.values()), datasets=path))
+    clips = {source.name: len(source.manifest) for source in lists}
+    # a fraction first: lists of the published lengths have a weight of exactly 1
+    weights = {name: float(Fraction(HYBRID[name] * sum(clips.values()), rest * clips[name])) for name in present}
+    shares = (f"{name} {HYBRID[name] / rest:.1%} ({clips[name]:,} clips, weight {weights[name]:.4g})" for name in present)
     print(
-        f"hybrid_available: {', '.join(f'{name} {HYBRID[name] / rest:.1%}' for name in present)}; missing "
+        f"hybrid_available: {', '.join(shares)}; missing "
         f"{', '.join(missing) or 'nothing'} ({share:.1%} of the published clips). "
         "This is not a reproduction of UnlabeledHybrid.",
         file=sys.stderr,
     )
-    return _hybrid(size, variant, tuple(present), f"pretrain_vit_{size}_hybrid_available", datasets and str(Path(datasets)))
+    sources = tuple(dataclasses.replace(source, weight=weights[name]) for name, source in present.items())
+    return _hybrid(size, variant, sources, f"pretrain_vit_{size}_hybrid_available", datasets and str(Path(datasets)))
 
 
 def vit_base_k400(epochs: int = 1600) -> PretrainConfig:
@@ -110,10 +119,15 @@ def _model(size: str) -> ModelConfig:
     return ModelConfig(name=f"pretrain_videomae_{size}_patch{_PATCH[size]}_224")
 
 
+def _sources(names: Iterable[str]) -> tuple[SourceConfig, ...]:
+    """On SSv2 the frames are 2 apart, on all others 4 (paper, section on data)."""
+    return tuple(SourceConfig(name=name, stride=2 if name == "ssv2" else 4) for name in names)
+
+
 def _hybrid(
     size: str,
     variant: Variant,
-    sources: tuple[str, ...] = tuple(HYBRID),
+    sources: tuple[SourceConfig, ...] | None = None,
     name: str | None = None,
     datasets: str | None = None,
 ) -> PretrainConfig:
@@ -121,23 +135,22 @@ def _hybrid(
     if variant == "paper":
         # 1.5e-4 at 256 of 8192 views is 6e-4 at 256 of 2048 clips.
         clips, lr, epochs, warmup, clip_grad = 2048, 6e-4, 300, 30, 0.02
-    # On SSv2 the frames are 2 apart, on all others 4 (paper, section on data).
-    mixture = tuple(SourceConfig(name=source, stride=2 if source == "ssv2" else 4) for source in sources)
     return PretrainConfig(
         name=name or f"pretrain_vit_{size}_hybrid",
         cites=f"VideoMAE V2, {'table of pre-training settings' if variant == 'paper' else f'vit_{size} pre-training script'}",
         model=dataclasses.replace(_model(size), decoder_fp32=variant == "paper"),
         mask=MaskConfig(encoder_ratio=0.9, decoder="running_cell", decoder_ratio=0.5),
         data=DataConfig(
-            sources=mixture, datasets=datasets, stride=4, sampling="pretrain", views=4, crop="multi_scale", workers=8
+            sources=sources or _sources(HYBRID), datasets=datasets, stride=4, sampling="pretrain", views=4, crop="multi_scale",
+            workers=8,
         ),
         # The official rule scales by clips without their views: lr * clips / 256 = lr * global_batch / 1024 here.
         optim=OptimConfig(
             lr=lr, lr_batch=1024, min_lr=1e-5, warmup_epochs=warmup, betas=(0.9, 0.95), weight_decay=0.05, clip_grad=clip_grad
         ),
         train=TrainConfig(
-            epochs=epochs, global_batch=4 * clips, precision="bfloat16", checkpoint_every=1000, keep_checkpoints=3,
-            loss_denominator="paper" if variant == "paper" else "code",
+            epochs=epochs, global_batch=4 * clips, micro_batch=0, precision="bfloat16", checkpoint_every=1000,
+            keep_checkpoints=3, loss_denominator="paper" if variant == "paper" else "code",
         ),
     )  # fmt: skip
 
@@ -156,6 +169,6 @@ def _single(size: str, source: str, epochs: int) -> PretrainConfig:
         ),
         optim=OptimConfig(lr=1.5e-4, lr_batch=256, min_lr=1e-5, warmup_epochs=40, betas=(0.9, 0.95), weight_decay=0.05),
         train=TrainConfig(
-            epochs=epochs, global_batch=1024, precision="bfloat16", checkpoint_every=1000, keep_checkpoints=3
+            epochs=epochs, global_batch=1024, micro_batch=0, precision="bfloat16", checkpoint_every=1000, keep_checkpoints=3,
         ),
     )  # fmt: skip

@@ -4,8 +4,11 @@ Enter and leave at any stage: `--from finetune --init-weights vit_g_k710.pth`, `
 pre-training straight to fine-tuning, because post-pre-training on Kinetics made SSv2 worse. The fine-tuning stage has the
 values of the paper's table of fine-tuning settings at 16x224^2. AVA and AVA-Kinetics are fine-tuned from it, too.
 For THUMOS14 and FineAction the last stage, `detect`, takes features of whole videos with the post-pre-trained weights into
-OUT/features and trains ActionFormer on them; `--from detect --init-weights vit_g_k710.pth` takes them with others. Its batch
-is small: run the stages before with `--until post_pretrain` on all GPUs, then `--from detect --gpus 1`.
+OUT/features and trains ActionFormer on them; `--from detect --init-weights vit_g_k710.pth` takes them with others.
+
+Later stages have smaller batches, which few GPUs share: pre-training ran on 64, post-pre-training on 32, fine-tuning on 32 or
+8. One launch on 8 goes through all of them (but `detect`: `--from detect --gpus 1`); on more, launch the stages apart:
+`--until pretrain` on 64, then `--from post_pretrain --until post_pretrain` on 32, then `--from finetune` on 8.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ Target = Literal[
 
 def vit_giant(target: Target = "k400", out: str = "runs/progressive_vit_giant") -> Progression:
     """ViT-g/14 to K400 88.5, K600 88.8, SSv1 68.7, SSv2 77.0, UCF101 99.6, HMDB51 88.1, AVA 42.6, AVA-Kinetics 43.9, THUMOS14
-    69.6 or FineAction 18.2; 64 GPUs."""
+    69.6 or FineAction 18.2. 8 GPUs from end to end; stages apart on as many as their recipes name."""
     last: dict[Target, Callable[..., Stage]] = {
         "k400": finetune.vit_giant_k400, "k600": finetune.vit_giant_k600, "ssv1": finetune.vit_giant_ssv1,
         "ssv2": finetune.vit_giant_ssv2, "ucf101": finetune.vit_giant_ucf101, "hmdb51": finetune.vit_giant_hmdb51,
@@ -35,7 +38,8 @@ def vit_giant(target: Target = "k400", out: str = "runs/progressive_vit_giant") 
 
 
 def vit_huge(target: Target = "k400", out: str = "runs/progressive_vit_huge") -> Progression:
-    """ViT-H/16 to K400 88.6, K600 88.3, SSv1 66.6 or SSv2 76.8 (the other targets: nothing published); 64 GPUs."""
+    """ViT-H/16 to K400 88.6, K600 88.3, SSv1 66.6 or SSv2 76.8 (the other targets: nothing published). 8 GPUs from end to
+    end; stages apart on as many as their recipes name."""
     last: dict[Target, Callable[..., Stage]] = {
         "k400": finetune.vit_huge_k400, "k600": finetune.vit_huge_k600, "ssv1": finetune.vit_huge_ssv1,
         "ssv2": finetune.vit_huge_ssv2, "ucf101": finetune.vit_huge_ucf101, "hmdb51": finetune.vit_huge_hmdb51,

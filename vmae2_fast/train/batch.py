@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..config import RunConfig, divisible
+from ..config import RunConfig
 
 
 def batch_unit(config: RunConfig) -> tuple[str, int]:
@@ -14,14 +14,38 @@ def batch_unit(config: RunConfig) -> tuple[str, int]:
 def split_batch(config: RunConfig, ranks: int) -> tuple[int, int]:
     """(clips of one forward, forwards of one step) on each of `ranks` ranks; while `train.micro_batch` is 0, all at once.
 
-    Raises ValueError with the nearest valid values if the global batch cannot be cut so.
+    The global batch belongs to the recipe: where it cannot be cut so, ValueError names the ranks, groups of mixed clips and
+    micro-batches that can.
     """
     train = config.train
     name, unit = batch_unit(config)
-    divisible("train.global_batch", train.global_batch, f"ranks x {name}", ranks * unit)
+    if train.global_batch % (ranks * unit):
+        raise ValueError(_uncut(config, ranks, name, unit))
     micro = train.micro_batch or train.global_batch // ranks
-    divisible("train.global_batch", train.global_batch, "ranks x train.micro_batch", ranks * micro)
+    if train.global_batch % (ranks * micro):
+        raise ValueError(_uncut(config, ranks, "train.micro_batch", micro))
     return micro, train.global_batch // (ranks * micro)
+
+
+def _uncut(config: RunConfig, ranks: int, name: str, unit: int) -> str:
+    batch, views, mix = config.train.global_batch, config.data.views, getattr(config, "mix", None)
+    fitting = [n for n in range(1, batch // unit + 1) if batch % (n * unit) == 0]
+    near = [*[n for n in fitting if n < ranks][-1:], *[n for n in fitting if n > ranks][:1]]
+    ways = [f"{' or '.join(map(str, near))} ranks (--gpus, --nodes)"]
+    whole = batch // views // ranks if batch % (ranks * views) == 0 else 0
+    if name == "train.micro_batch":
+        own = batch_unit(config)[1]
+        share = batch // ranks
+        fits = [m for m in range(own, share + 1, own) if share % m == 0]
+        near = [*[m for m in fits if m < unit][-1:], *[m for m in fits if m > unit][:1]]
+        ways.append(f"--train.micro-batch {' or '.join(map(str, near))}, or 0 for what fits")
+    elif whole and mix is not None:
+        groups = [n for n in range(2, whole + 1) if whole % n == 0] or [1]
+        ways.append(f"--mix.clips {min(groups, key=lambda n: abs(n - mix.clips))}")
+    return (
+        f"{config.name}: train.global_batch={batch} is not divisible by ranks x {name}={ranks} x {unit}; the batch belongs to "
+        f"the recipe, so take {'; or '.join(ways)}"
+    )
 
 
 def micro_batches(config: RunConfig, ranks: int) -> list[int]:

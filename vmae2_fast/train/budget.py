@@ -27,7 +27,8 @@ from .parallel import shards
 
 
 class Card(NamedTuple):
-    """Peaks of dense products by the vendors' data sheets, TFLOP/s, and memory, GB (10^9 bytes)."""
+    """Peaks of dense products by the vendors' data sheets, TFLOP/s (float32: not TF32, which a run does not turn on), and
+    memory, GB (10^9 bytes)."""
 
     bfloat16: float
     float32: float
@@ -146,13 +147,15 @@ def budget(stage: Stage, options: BudgetOptions) -> dict[str, Any]:
     account = _account(stage)
     memory = rank_bytes(stage, ranks, options.gpus)
     micro, micro_batches = split_batch(stage, ranks)
-    flops = account["flops_step"]
+    flops, exact = account["flops_step"], _float32_flops(stage, account)
     if isinstance(stage, ClassifyConfig) and stage.frozen:
         flops = 2 * account["macs"]["executed"]["total"]
     if isinstance(stage, DistillConfig):
-        flops += 2 * ledger(stage.teacher)["macs"]["executed"]["total"]
-    peak = (card.float32 if train.precision == "float32" else card.bfloat16) * 1e12
-    seconds = flops * train.global_batch / (ranks * peak * options.mfu)
+        teacher = 2 * ledger(stage.teacher)["macs"]["executed"]["total"]
+        flops, exact = flops + teacher, exact + teacher * (stage.teacher_precision == "float32")
+    rest = flops - exact
+    peak = card.float32 if train.precision == "float32" else card.bfloat16
+    seconds = (rest / peak + exact / card.float32) * train.global_batch / (1e12 * ranks * options.mfu)
     decodes = train.global_batch // stage.data.views
     clips = options.clips or epoch_clips(stage)
     steps = None if clips is None else train.epochs * clips // decodes
@@ -197,6 +200,14 @@ def _trained_shapes(stage: Stage) -> list[torch.Size]:
                 assert isinstance(model, VisionTransformer)
                 model.freeze_trunk()
     return [p.shape for p in model.parameters() if p.requires_grad]
+
+
+def _float32_flops(stage: Stage, account: dict[str, Any]) -> int:
+    """FLOPs a clip and step of a decoder that is kept in float32 (`model.decoder_fp32`): projection, blocks, prediction."""
+    if not stage.model.decoder_fp32 or "decoder_linear" not in account["macs"]["executed"]:
+        return 0
+    parts = ("encoder_to_decoder", "decoder_linear", "decoder_attention", "head")
+    return 6 * sum(account["macs"]["executed"][part] for part in parts)
 
 
 def _trained(stage: Stage, total: int) -> int:

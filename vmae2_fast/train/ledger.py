@@ -27,6 +27,7 @@ from ..models.sizes import ModelSpec, StackSpec, resolve
 from ..models.vit import autocast_weights
 from ..ops.masks import mask_sizes
 from .adamw import moment_bytes
+from .batch import batch_unit
 
 Precision = Literal["float32", "bfloat16", "float16"]
 Implementation = Literal["auto", "vmae2", "torch", "apex", "torchao8bit"]
@@ -272,7 +273,9 @@ def saved_bytes(run: Callable[[], Any], model: nn.Module) -> int:
 def knobs(run: RunConfig) -> str:
     """Flags that lower the memory of a step, those first that cost no time."""
     train = run.train
-    offers = [] if train.micro_batch == run.data.views else ["a lower --train.micro-batch (more of them a step)"]
+    micro = train.micro_batch  # 0: the smallest was tried
+    lower = micro is None or micro > batch_unit(run)[1]
+    offers = ["a lower --train.micro-batch (more of them a step)"] if lower else []
     if train.precision == "float32":
         offers.append("--train.precision bfloat16")
     if run.model.residual_dtype == "float32":
