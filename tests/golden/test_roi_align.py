@@ -12,17 +12,17 @@ from tests.support import backends
 from vmae2_fast import backend
 from vmae2_fast.ops import roi_align, roi_align_max
 
-FILE = golden_root() / "downstream" / "roi_align.json"
-RECORDED = json.loads(FILE.read_text()) if FILE.is_file() else {"cases": []}
+FILES = [json.loads(file.read_text()) for file in sorted((golden_root() / "downstream").glob("roi_align*.json"))]
+CASES = [(recorded, case) for recorded in FILES for case in recorded["cases"]]
 TOLERANCE = 1e-5  # the golden README
 
 
-@pytest.mark.parametrize("number", range(len(RECORDED["cases"])))
+@pytest.mark.parametrize("number", range(len(CASES)))
 @pytest.mark.parametrize("name", [n for n in backends("roi_align_max") if n != "triton" or torch.cuda.is_available()])
 def test_recorded_values(name: str, number: int) -> None:
-    case = RECORDED["cases"][number]
-    features = torch.tensor(RECORDED["input"]).permute(0, 2, 3, 1)
-    boxes = torch.tensor(RECORDED["rois"])
+    recorded, case = CASES[number]
+    features = torch.tensor(recorded["input"]).permute(0, 2, 3, 1)
+    boxes = torch.tensor(recorded["rois"])
     options = {
         "size": case["output_size"], "scale": case["spatial_scale"], "sampling": case["sampling_ratio"],
         "aligned": case["aligned"],

@@ -57,13 +57,17 @@ def test_recorded_losses(name):
     assert found.item() / len(student) == pytest.approx(RECORDED["cases"][name], rel=1e-5)
 
 
-@pytest.mark.parametrize(("key", "normalize"), [("smooth_l1", False), ("smooth_l1_teacher_layernorm", True)])
-@pytest.mark.skipif("mvd" not in RECORDED, reason="no recorded feature losses in this golden directory")
-def test_recorded_feature_losses(key, normalize):
-    case = RECORDED["mvd"]
-    student, teacher, masked = (torch.tensor(case[name]) for name in ("student_feats", "teacher_feats", "masked"))
+MVD = RECORDED.get("mvd", {})
+INPUTS = ("student_feats", "teacher_feats", "masked")
+
+
+@pytest.mark.parametrize("key", [key for key in MVD if key not in INPUTS])
+def test_recorded_feature_losses(key):
+    case = MVD
+    distance, normalized, _ = key.partition("_teacher_layernorm")
+    student, teacher, masked = (torch.tensor(case[name]) for name in INPUTS)
     hidden = torch.stack([tokens[mask] for tokens, mask in zip(teacher, masked)])
-    found = feature_loss(student, hidden, normalize=normalize).item() / masked.sum().item()
+    found = feature_loss(student, hidden, normalize=bool(normalized), distance=distance).item() / masked.sum().item()
     assert found == pytest.approx(case[key], rel=1e-5)
 
 

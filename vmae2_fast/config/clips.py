@@ -53,6 +53,8 @@ class DistillConfig(RunConfig):
     """Share of the teacher's term in the deit objectives, beside the label's."""
     normalize_features: bool = True
     """features: bring each of the teacher's tokens to mean 0 and variance 1 first."""
+    feature_distance: Literal["smooth_l1", "l2"] = "smooth_l1"
+    """features: what is minimised between the student's and the teacher's tokens."""
     mask: MaskConfig = field(default_factory=lambda: MaskConfig(decoder="none"))
     """features: what is hidden from the student."""
     teacher_precision: Literal["float32", "bfloat16"] = "bfloat16"

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -59,15 +59,19 @@ def deit_loss(
     return (1 - alpha) * base + alpha * taught
 
 
-def feature_loss(predicted: Tensor, target: Tensor, *, normalize: bool = True) -> Tensor:
-    """Smooth L1 as a sum over tokens of the mean over channels, fp32: predicted and the teacher's tokens [B, N, D].
+def feature_loss(
+    predicted: Tensor, target: Tensor, *, normalize: bool = True, distance: Literal["smooth_l1", "l2"] = "smooth_l1"
+) -> Tensor:
+    """Smooth L1 or squared difference as a sum over tokens of the mean over channels, fp32: predicted and the teacher's tokens
+    [B, N, D].
 
     normalize: each target token is brought to mean 0 and variance 1 first (LayerNorm without affine, eps 1e-6).
     """
     target = target.float()
     if normalize:
         target = F.layer_norm(target, target.shape[-1:], eps=1e-6)
-    return F.smooth_l1_loss(predicted.float(), target, reduction="none").mean(-1).sum()
+    each = F.smooth_l1_loss if distance == "smooth_l1" else F.mse_loss
+    return each(predicted.float(), target, reduction="none").mean(-1).sum()
 
 
 def resize_tokens(tokens: Tensor, old: tuple[int, int, int], new: tuple[int, int, int]) -> Tensor:
@@ -202,7 +206,7 @@ class DistillTask(Task[DistillConfig]):
         # a padded place counts nothing: there student and teacher are made the same
         predicted = torch.where(valid[..., None], predicted, 0.0)
         target = torch.where(valid[..., None], target, 0.0)
-        return feature_loss(predicted, target, normalize=self.config.normalize_features)
+        return feature_loss(predicted, target, normalize=self.config.normalize_features, distance=self.config.feature_distance)
 
     @torch.no_grad()
     def evaluate(self, views: Iterable[VideoViews]) -> dict[str, Any]:
