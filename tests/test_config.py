@@ -32,7 +32,8 @@ RUN = {"name": "a", "model": MODEL, "data": DataConfig()}
 
 
 def test_every_recipe_survives_json(tmp_path, monkeypatch) -> None:
-    (tmp_path / "datasets.toml").write_text('[k710]\nroot = "."\n')  # hybrid_available looks what is there
+    (tmp_path / "datasets.toml").write_text('[k710]\nroot = "."\ntrain = "train.csv"\n')  # hybrid_available reads it
+    (tmp_path / "train.csv").write_text("a.mp4 0 -1\n")
     monkeypatch.setenv("VMAE2_DATASETS", str(tmp_path / "datasets.toml"))
     for name, recipe in all_recipes().items():
         run = recipe()

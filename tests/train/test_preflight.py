@@ -117,7 +117,7 @@ def test_what_does_not_fit_names_the_knobs(capsys):
     [
         (["pretrain:vit_giant_hybrid", "--card", "h1000"], "unknown card 'h1000'; did you mean h100"),
         (["pretrain:vit_giant_hybrid", "--mfu", "2"], "--mfu 2.0: must lie above 0"),
-        (["pretrain:vit_giant_hybrid", "--gpus", "3"], "so take 2 or 4 ranks (--gpus, --nodes)"),
+        (["pretrain:vit_giant_hybrid", "--gpus", "3"], "take 2 or 4 ranks (--gpus, --nodes)"),
         (["pretrain:vit_gigant_hybrid"], "did you mean pretrain:vit_giant_hybrid"),
     ],
 )

@@ -31,7 +31,9 @@ def _uncut(config: RunConfig, ranks: int, name: str, unit: int) -> str:
     batch, views, mix = config.train.global_batch, config.data.views, getattr(config, "mix", None)
     fitting = [n for n in range(1, batch // unit + 1) if batch % (n * unit) == 0]
     near = [*[n for n in fitting if n < ranks][-1:], *[n for n in fitting if n > ranks][:1]]
-    ways = [f"{' or '.join(map(str, near))} ranks (--gpus, --nodes)"]
+    ways = [f"{' or '.join(map(str, near))} ranks (--gpus, --nodes)"] if near else []
+    step = ranks * unit
+    batches = [n for n in (batch // step * step, (batch // step + 1) * step) if n]
     whole = batch // views // ranks if batch % (ranks * views) == 0 else 0
     if name == "train.micro_batch":
         own = batch_unit(config)[1]
@@ -43,8 +45,8 @@ def _uncut(config: RunConfig, ranks: int, name: str, unit: int) -> str:
         groups = [n for n in range(2, whole + 1) if whole % n == 0] or [1]
         ways.append(f"--mix.clips {min(groups, key=lambda n: abs(n - mix.clips))}")
     return (
-        f"{config.name}: train.global_batch={batch} is not divisible by ranks x {name}={ranks} x {unit}; the batch belongs to "
-        f"the recipe, so take {'; or '.join(ways)}"
+        f"{config.name}: train.global_batch={batch} is not divisible by ranks x {name}={ranks} x {unit}; take "
+        f"{'; or '.join(ways)}; or, where the batch is not a recipe's, train.global_batch {' or '.join(map(str, batches))}"
     )
 
 
