@@ -1,12 +1,12 @@
 """Fine-tuning on the eight labelled sets, as published, and on videos of your own.
 
-`variant="official"` has the values of the released scripts, `"paper"` those of the paper's appendix (table of fine-tuning
-settings) where the two disagree, its RandAug (0, 0.5) and MultiScaleCrop among them; both scale the learning rate by
-clips, not by their two views (repeated augmentation), as the scripts do. Start weights are yours to give: `--init` with post-pre-trained (K710) weights for Kinetics, UCF101 and
-HMDB51, whose head is turned into K400's, K600's or K700's rows; pre-trained weights for SSv1 and SSv2, which
-post-pre-training makes worse (paper, section 4.2). GPUs are the scripts', and where the paper's batch of 32 is meant the most
-it can be cut over in pairs of clips to mix; fewer take more forwards a step. Sets are tables of your `datasets.toml`
-(`vmae2_fast.data.labelled_sets`).
+`variant="official"` has the values of the released scripts, `"paper"` those of the paper's appendix (table of
+fine-tuning settings) where the two disagree, its RandAug (0, 0.5) and MultiScaleCrop among them; both scale the
+learning rate by clips, not by their two views (repeated augmentation), as the scripts do. Start weights are yours to
+give: `--init` with post-pre-trained (K710) weights for Kinetics, UCF101 and HMDB51, whose head is turned into K400's,
+K600's or K700's rows; pre-trained weights for SSv1 and SSv2, which post-pre-training makes worse (paper, section 4.2).
+GPUs are the scripts', and where the paper's batch of 32 is meant the most it can be cut over in pairs of clips to mix;
+fewer take more forwards a step. Sets are tables of your `datasets.toml` (`vmae2_fast.data.labelled_sets`).
 
 Clips of more frames or pixels than 16x224 (64x266: K400 90.0, K600 89.9) get the 16x224 position table interpolated along
 t, y and x; the released script scrambles it there (`models.positions`). The paper does not say how far apart their frames

@@ -1,9 +1,10 @@
 """Post-pre-training on LabeledHybrid (K710: the union of K400, K600 and K700 with merged labels, 658 340 clips).
 
-Each starts from a pre-trained model: give its weights with `--init-weights`, or run `progressive`. `variant="official"` is
-the released K710 script, "paper" the table of post-pre-training settings (batch 128, lr 1e-3; RandAug (0, 0.5)
-and MultiScaleCrop as in fine-tuning), which is about ViT-H and -g: ViT-L and -B keep the other values of their scripts
-in it. Batches count clips, each seen in two views. SSv2 is better off without this stage (paper, section on progressive training).
+Each starts from a pre-trained model: give its weights with `--init-weights`, or run `progressive`. `variant="official"`
+is the released K710 script, "paper" the table of post-pre-training settings (batch 128, lr 1e-3; RandAug (0, 0.5) and
+MultiScaleCrop as in fine-tuning), which is about ViT-H and -g: ViT-L and -B keep the other values of their scripts in
+it. Batches count clips, each seen in two views. SSv2 is better off without this stage (paper, section on progressive
+training).
 """
 
 from __future__ import annotations

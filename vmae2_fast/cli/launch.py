@@ -181,8 +181,9 @@ def _machines(options: LaunchOptions) -> tuple[int, int]:
         return world.local_size, max(world.size // world.local_size, 1)
     gpus = max(torch.cuda.device_count(), 1) if options.gpus is None else options.gpus
     nodes = options.nodes if options.slurm is not None or options.dry_run else 1
-    if gpus < 1 or nodes < 1:
-        raise ValueError(f"--gpus {gpus} --nodes {nodes}: both must be at least 1")
+    for flag, count in (("--gpus", gpus), ("--nodes", nodes)):
+        if count < 1:
+            raise ValueError(f"{flag} {count}: must be above 0")
     return gpus, nodes
 
 

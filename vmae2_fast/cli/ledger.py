@@ -33,9 +33,10 @@ def ledger(
     Example: vmae2 ledger vit_giant_patch14_224 --num-classes 710 --residual-dtype bfloat16
     Example: vmae2 ledger pretrain:vit_giant_hybrid --card a100-80 --gpus 8 --nodes 8 --train.micro-batch 32
 
-    With a recipe: its bytes on every GPU, step time, days, decoding and network for `--card` (rtx4090, a100-40, a100-80, h100,
-    h200, or 24gb, 40gb, 80gb; `--fit` sizes the recipe for it), `--gpus` of a node, `--nodes`, `--mfu` (share of the card's
-    peak, 0.4) and `--clips` (of an epoch, where the sources have no published number); the recipe's values are flags as in `launch` (`vmae2 ledger RECIPE --help`).
+    With a recipe: its bytes on every GPU, step time, days, decoding and network for `--card` (rtx4090, a100-40, a100-80,
+    h100, h200, or 24gb, 40gb, 80gb; `--fit` sizes the recipe for it), `--gpus` of a node, `--nodes`, `--mfu` (share of the
+    card's peak, 0.4) and `--clips` (of an epoch, where the sources have no published number); the recipe's values are flags
+    as in `launch` (`vmae2 ledger RECIPE --help`).
 
     Args:
         model: official name, or a recipe.
