@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from vmae2_fast.config import ClassifyConfig, ModelConfig, OptimConfig, TrainConfig, ViewsConfig
-from vmae2_fast.data.augment import OFFICIAL_MIX
+from vmae2_fast.config import AugmentConfig, ClassifyConfig, ModelConfig, OptimConfig, TrainConfig, ViewsConfig
+from vmae2_fast.data.augment import OFFICIAL, OFFICIAL_MIX, PAPER
 from vmae2_fast.data.labelled_sets import labelled_set
 
 Variant = Literal["official", "paper"]
@@ -26,9 +26,16 @@ class Settings:
     weight_decay: float = 0.05
     head_dropout: float = 0.0
     clip_grad: float | None = None
+    augment: AugmentConfig = OFFICIAL
+    crop: Literal["random_resized", "multi_scale"] = "random_resized"
     group: int = 2
     """Clips mixed with each other (`MixConfig.clips`). The scripts mix all clips of a device, first with last: pairs, as in
     groups of 2, where it holds an even number; of 3 the one in the middle meets its own other view, as in groups of 3."""
+
+
+def as_printed(settings: Settings) -> Settings:
+    """With the augmentations of the paper's tables, RandAug (0, 0.5) and MultiScaleCrop, instead of the scripts'."""
+    return dataclasses.replace(settings, augment=PAPER, crop="multi_scale")
 
 
 def model_name(size: str) -> str:
@@ -47,7 +54,7 @@ def classification(
     cites: str,
     suffix: str = "",
 ) -> ClassifyConfig:
-    """ViT-`size` on the labelled set `data`, with the official augmentations and repeated augmentation of two views.
+    """ViT-`size` on the labelled set `data`, with the augmentations of `settings` and repeated augmentation of two views.
 
     clip: frames, and pixels of a side. segments: test clips in time; None: the set's own.
     """
@@ -62,7 +69,7 @@ def classification(
             drop_path=settings.drop_path, head_dropout=settings.head_dropout, positions="interpolate",
             activation_checkpoint="block" if large else "none",
         ),
-        data=labelled.training(views=views),
+        data=dataclasses.replace(labelled.training(views=views), augment=settings.augment, crop=settings.crop),
         validation=labelled.testing(),
         optim=OptimConfig(
             # the scripts' rule leaves the two views of a clip out

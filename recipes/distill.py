@@ -1,6 +1,7 @@
 """Distillation of ViT-g into ViT-B and ViT-S, as in the paper's appendix.
 
-Values: paper, appendix table of knowledge distillation (AdamW, batch 1024 / 512, 100 epochs, temperature 3, KL alone). The
+Values: paper, appendix table of knowledge distillation (AdamW, batch 1024 / 512, 100 epochs, temperature 3, KL alone,
+RandAug (0, 0.5), MultiScaleCrop, no erasing). The
 student starts from weights after post-pre-training (`--init`), the teacher is ViT-g fine-tuned on the same classes
 (`--teacher-weights`). `--teacher-cache DIR` keeps what the teacher said about every view: a second student, or the same
 one started again, then needs no teacher for them.
@@ -11,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 
 from vmae2_fast.config import AugmentConfig, DistillConfig, MaskConfig, ModelConfig, OptimConfig, TrainConfig, ViewsConfig
-from vmae2_fast.data.augment import OFFICIAL, OFFICIAL_MIX
+from vmae2_fast.data.augment import OFFICIAL_MIX, PAPER
 from vmae2_fast.data.labelled_sets import labelled_set
 
 _CITES = "paper, appendix table of distillation settings"
@@ -61,7 +62,9 @@ def _distill(size: str, name: str, *, lr: float, batch: int) -> DistillConfig:
         teacher=ModelConfig(name="vit_giant_patch14_224", num_classes=labelled.classes),
         temperature=3.0,
         mix=OFFICIAL_MIX,
-        data=dataclasses.replace(labelled.training(views=1), augment=AugmentConfig(randaugment=OFFICIAL.randaugment)),
+        data=dataclasses.replace(
+            labelled.training(views=1), crop="multi_scale", augment=AugmentConfig(randaugment=PAPER.randaugment)
+        ),
         validation=labelled.testing(),
         optim=OptimConfig(
             lr=lr, min_lr=1e-6, warmup_epochs=5, betas=(0.9, 0.999), weight_decay=0.05, layer_decay=0.75, clip_grad=1.0

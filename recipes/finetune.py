@@ -1,12 +1,12 @@
 """Fine-tuning on the eight labelled sets, as published, and on videos of your own.
 
-`variant="official"` has the values of the released scripts, `"paper"` those of the paper's appendix (table of fine-tuning
-settings) where the two disagree; both scale the learning rate by clips, not by their two views (repeated augmentation), as
-the scripts do. Start weights are yours to give: `--init` with post-pre-trained (K710) weights for Kinetics, UCF101 and
-HMDB51, whose head is turned into K400's, K600's or K700's rows; pre-trained weights for SSv1 and SSv2, which
-post-pre-training makes worse (paper, section 4.2). GPUs are the scripts', and where the paper's batch of 32 is meant the most
-it can be cut over in pairs of clips to mix; fewer take more forwards a step. Sets are tables of your `datasets.toml`
-(`vmae2_fast.data.labelled_sets`).
+`variant="official"` has the values of the released scripts, `"paper"` those of the paper's appendix (table of
+fine-tuning settings) where the two disagree, its RandAug (0, 0.5) and MultiScaleCrop among them; both scale the
+learning rate by clips, not by their two views (repeated augmentation), as the scripts do. Start weights are yours to
+give: `--init` with post-pre-trained (K710) weights for Kinetics, UCF101 and HMDB51, whose head is turned into K400's,
+K600's or K700's rows; pre-trained weights for SSv1 and SSv2, which post-pre-training makes worse (paper, section 4.2).
+GPUs are the scripts', and where the paper's batch of 32 is meant the most it can be cut over in pairs of clips to mix;
+fewer take more forwards a step. Sets are tables of your `datasets.toml` (`vmae2_fast.data.labelled_sets`).
 
 Clips of more frames or pixels than 16x224 (64x266: K400 90.0, K600 89.9) get the 16x224 position table interpolated along
 t, y and x; the released script scrambles it there (`models.positions`). The paper does not say how far apart their frames
@@ -30,18 +30,18 @@ from vmae2_fast.config import (
 )
 from vmae2_fast.data.augment import OFFICIAL, OFFICIAL_MIX
 from vmae2_fast.data.manifest import open_tree
-from vmae2_fast.recipes._classification import Settings, Variant, classification, model_name
+from vmae2_fast.recipes._classification import Settings, Variant, as_printed, classification, model_name
 
 _PAPER = "paper, appendix table of fine-tuning settings"
 
 
-_KINETICS_PAPER = Settings(
-    lr=1e-5, epochs=3, warmup=0, clips=32, drop_path=0.3, layer_decay=0.9, head_dropout=0.5
-)  # fmt: skip
+_KINETICS_PAPER = as_printed(
+    Settings(lr=1e-5, epochs=3, warmup=0, clips=32, drop_path=0.3, layer_decay=0.9, head_dropout=0.5)
+)
 _LARGE_CLIPS_PAPER = dataclasses.replace(_KINETICS_PAPER, lr=1e-4, epochs=5, drop_path=0.35)
-_SOMETHING_PAPER = Settings(
-    lr=3e-4, epochs=10, warmup=5, clips=96, group=3, drop_path=0.35, layer_decay=0.9, head_dropout=0.5
-)  # fmt: skip
+_SOMETHING_PAPER = as_printed(
+    Settings(lr=3e-4, epochs=10, warmup=5, clips=96, group=3, drop_path=0.35, layer_decay=0.9, head_dropout=0.5)
+)
 _UCF101 = Settings(lr=1e-3, epochs=50, warmup=5, clips=24, group=3, drop_path=0.35, layer_decay=0.9, head_dropout=0.5)
 _HMDB51 = dataclasses.replace(_UCF101, lr=5e-4, epochs=15)
 
@@ -109,28 +109,31 @@ def _giant_something(name: str, variant: Variant) -> ClassifyConfig:
     return classification("finetune", "giant", name, settings, cites=_cite(variant, "ViT-g, SSv2"))
 
 
-def vit_giant_ucf101() -> ClassifyConfig:
+def vit_giant_ucf101(variant: Variant = "official") -> ClassifyConfig:
     """ViT-g on UCF101 from K710 weights: 99.6 with 5x3 views. 8 GPUs."""
-    return classification(
-        "finetune", "giant", "ucf101", _UCF101, cites=_cite("official", "ViT-g, K710 to UCF101") + "; " + _PAPER
-    )
+    return _small_set("giant", "ucf101", variant)
 
 
-def vit_giant_hmdb51() -> ClassifyConfig:
+def vit_giant_hmdb51(variant: Variant = "official") -> ClassifyConfig:
     """ViT-g on HMDB51 from K710 weights: 88.1 / 98.5 with 5x3 views. 8 GPUs."""
-    return classification(
-        "finetune", "giant", "hmdb51", _HMDB51, cites=_cite("official", "ViT-g, K710 to HMDB51") + "; " + _PAPER
-    )
+    return _small_set("giant", "hmdb51", variant)
 
 
-def vit_huge_ucf101() -> ClassifyConfig:
+def vit_huge_ucf101(variant: Variant = "official") -> ClassifyConfig:
     """ViT-H on UCF101 from K710 weights, with ViT-g's settings: the paper gives no result. 8 GPUs."""
-    return classification("finetune", "huge", "ucf101", _UCF101, cites=_PAPER)
+    return _small_set("huge", "ucf101", variant)
 
 
-def vit_huge_hmdb51() -> ClassifyConfig:
+def vit_huge_hmdb51(variant: Variant = "official") -> ClassifyConfig:
     """ViT-H on HMDB51 from K710 weights, with ViT-g's settings: the paper gives no result. 8 GPUs."""
-    return classification("finetune", "huge", "hmdb51", _HMDB51, cites=_PAPER)
+    return _small_set("huge", "hmdb51", variant)
+
+
+def _small_set(size: str, name: str, variant: Variant) -> ClassifyConfig:
+    """Script and table agree but for the augmentations."""
+    settings = _UCF101 if name == "ucf101" else _HMDB51
+    settings = settings if variant == "official" else as_printed(settings)
+    return classification("finetune", size, name, settings, cites=_cite(variant, f"ViT-g, K710 to {name.upper()}"))
 
 
 def vit_huge_k400(variant: Variant = "official") -> ClassifyConfig:

@@ -1,8 +1,10 @@
 """Post-pre-training on LabeledHybrid (K710: the union of K400, K600 and K700 with merged labels, 658 340 clips).
 
-Each starts from a pre-trained model: give its weights with `--init-weights`, or run `progressive`. `variant="official"` is
-the released K710 script, "paper" the table of post-pre-training settings (batch 128, lr 1e-3); batches count clips, each
-seen in two views. SSv2 is better off without this stage (paper, section on progressive training).
+Each starts from a pre-trained model: give its weights with `--init-weights`, or run `progressive`. `variant="official"`
+is the released K710 script, "paper" the table of post-pre-training settings (batch 128, lr 1e-3; RandAug (0, 0.5) and
+MultiScaleCrop as in fine-tuning), which is about ViT-H and -g: ViT-L and -B keep the other values of their scripts in
+it. Batches count clips, each seen in two views. SSv2 is better off without this stage (paper, section on progressive
+training).
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 
 from vmae2_fast.config import ClassifyConfig
-from vmae2_fast.recipes._classification import Settings, Variant, classification
+from vmae2_fast.recipes._classification import Settings, Variant, as_printed, classification
 
 
 def vit_giant_k710(variant: Variant = "official") -> ClassifyConfig:
@@ -40,6 +42,6 @@ def vit_base_k710(variant: Variant = "official") -> ClassifyConfig:
 
 def _k710(size: str, variant: Variant, settings: Settings) -> ClassifyConfig:
     if variant == "paper":
-        settings = dataclasses.replace(settings, lr=1e-3, clips=128, group=2)
+        settings = as_printed(dataclasses.replace(settings, lr=1e-3, clips=128, group=2))
     source = "table of post-pre-training settings" if variant == "paper" else f"vit_{size} K710 fine-tuning script"
     return classification("post_pretrain", size, "k710", settings, cites=f"VideoMAE V2, {source}")

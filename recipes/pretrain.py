@@ -4,7 +4,8 @@ The sources are tables of your `datasets.toml` (README, "Your own data"): k710, 
 count views: 2048 clips x 4 views. Where the paper's table of pre-training settings and the released scripts disagree,
 `variant` chooses: "official" is the script (lr 1e-3 without clipping, except for ViT-g: 6e-4 and clip 0.02; 800 effective
 epochs for ViT-B), "paper" the table (base lr 1.5e-4 at batch 8192 views, clip 0.02, 1200 effective epochs, loss divided
-by all decoded tokens, decoder in float32) for every size. ViT-S has no script of its own: it takes ViT-B's values.
+by all decoded tokens, decoder in float32 and with MLPs of 2048) for every size.
+ViT-S has no script of its own: it takes ViT-B's values.
 """
 
 from __future__ import annotations
@@ -95,6 +96,11 @@ def hybrid_available(
     return _hybrid(size, variant, sources, f"pretrain_vit_{size}_hybrid_available", datasets and str(Path(datasets)))
 
 
+def vit_small_k400(epochs: int = 1600) -> PretrainConfig:
+    """ViT-S/16 on K400 with ViT-B's values. No published result."""
+    return _single("small", "k400", epochs)
+
+
 def vit_base_k400(epochs: int = 1600) -> PretrainConfig:
     """ViT-B/16 on K400 with dual masking, batch 1024, stride 4, flips. VideoMAE (v1, encoder masking): K400 81.5."""
     return _single("base", "k400", epochs)
@@ -105,6 +111,21 @@ def vit_large_k400(epochs: int = 1600) -> PretrainConfig:
     return _single("large", "k400", epochs)
 
 
+def vit_huge_k400(epochs: int = 1600) -> PretrainConfig:
+    """ViT-H/16 on K400 with dual masking, batch 1024, stride 4, flips. VideoMAE (v1, encoder masking): K400 86.6."""
+    return _single("huge", "k400", epochs)
+
+
+def vit_giant_k400(epochs: int = 1600) -> PretrainConfig:
+    """ViT-g/14 on K400 by the same rule, clipped at 0.02 as on UnlabeledHybrid. No published result."""
+    return _single("giant", "k400", epochs)
+
+
+def vit_small_ssv2(epochs: int = 800) -> PretrainConfig:
+    """ViT-S/16 on SSv2 with ViT-B's values. No published result."""
+    return _single("small", "ssv2", epochs)
+
+
 def vit_base_ssv2(epochs: int = 800) -> PretrainConfig:
     """ViT-B/16 on SSv2, the paper's ablation of dual masking: SSv2 70.15; batch 1024, stride 2, no flips."""
     return _single("base", "ssv2", epochs)
@@ -113,6 +134,16 @@ def vit_base_ssv2(epochs: int = 800) -> PretrainConfig:
 def vit_large_ssv2(epochs: int = 2400) -> PretrainConfig:
     """ViT-L/16 on SSv2 with dual masking, batch 1024, stride 2, no flips. VideoMAE (v1, encoder masking): SSv2 74.3."""
     return _single("large", "ssv2", epochs)
+
+
+def vit_huge_ssv2(epochs: int = 2400) -> PretrainConfig:
+    """ViT-H/16 on SSv2 with dual masking, batch 1024, stride 2, no flips. VideoMAE (v1, encoder masking): SSv2 74.8."""
+    return _single("huge", "ssv2", epochs)
+
+
+def vit_giant_ssv2(epochs: int = 2400) -> PretrainConfig:
+    """ViT-g/14 on SSv2 by the same rule, clipped at 0.02 as on UnlabeledHybrid. No published result."""
+    return _single("giant", "ssv2", epochs)
 
 
 def _model(size: str) -> ModelConfig:
@@ -138,7 +169,10 @@ def _hybrid(
     return PretrainConfig(
         name=name or f"pretrain_vit_{size}_hybrid",
         cites=f"VideoMAE V2, {'table of pre-training settings' if variant == 'paper' else f'vit_{size} pre-training script'}",
-        model=dataclasses.replace(_model(size), decoder_fp32=variant == "paper"),
+        model=dataclasses.replace(
+            # MLPs of 4 D in the decoder, too: 2048 in ViT-g's, where the code has 2234, its encoder's ratio times 512.
+            _model(size), decoder_fp32=variant == "paper", decoder_mlp_ratio=4.0 if variant == "paper" else None,
+        ),
         mask=MaskConfig(encoder_ratio=0.9, decoder="running_cell", decoder_ratio=0.5),
         data=DataConfig(
             sources=sources or _sources(HYBRID), datasets=datasets, stride=4, sampling="pretrain", views=4, crop="multi_scale",
@@ -167,7 +201,10 @@ def _single(size: str, source: str, epochs: int) -> PretrainConfig:
             sources=(SourceConfig(name=source),), stride=2 if moving else 4, sampling="pretrain", crop="multi_scale",
             flip=not moving, workers=8,
         ),
-        optim=OptimConfig(lr=1.5e-4, lr_batch=256, min_lr=1e-5, warmup_epochs=40, betas=(0.9, 0.95), weight_decay=0.05),
+        optim=OptimConfig(
+            lr=1.5e-4, lr_batch=256, min_lr=1e-5, warmup_epochs=40, betas=(0.9, 0.95), weight_decay=0.05,
+            clip_grad=_SCRIPTS["giant"][-1] if size == "giant" else None,
+        ),
         train=TrainConfig(
             epochs=epochs, global_batch=1024, micro_batch=0, precision="bfloat16", checkpoint_every=1000, keep_checkpoints=3,
         ),

@@ -54,7 +54,8 @@ def _progression(
 ) -> Progression:
     direct = target in ("ssv1", "ssv2")
     # The scripts' values of ViT-H on Kinetics are those of a start from pre-trained weights; the table's follow K710.
-    tuned = last(variant="paper") if target in ("k400", "k600", "ssv1", "ssv2") else last()
+    detects = target in ("ava", "ava_kinetics", "thumos14", "fineaction")
+    tuned = last() if detects else last(variant="paper")
     stages: list[Stage] = [dataclasses.replace(first, name="pretrain")]
     if not direct:
         stages.append(dataclasses.replace(second, name="post_pretrain", init="stage:pretrain"))

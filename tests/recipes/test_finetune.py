@@ -16,6 +16,7 @@ from vmae2_fast import cli
 from vmae2_fast.config import ClassifyConfig, DistillConfig
 from vmae2_fast.data import ManifestError, open_sources
 from vmae2_fast.data.labelled_sets import LABELLED_SETS, labelled_set
+from vmae2_fast.data.randaugment import parse_policy
 from vmae2_fast.models import build_model, resolve
 from vmae2_fast.models.positions import position_table, sincos_table
 from vmae2_fast.recipes_index import all_recipes, find
@@ -43,12 +44,12 @@ def test_every_variant_resolves_and_builds(name):
     ("name", "tokens", "views", "lr"),
     [
         # real learning rate = base * clips / 256, the views not counted
-        ("vit_giant_k400", 2048, 15, 1e-5 * 96 / 256),
+        ("finetune:vit_giant_k400", 2048, 15, 1e-5 * 96 / 256),
         ("vit_giant_k400_64x266", 11552, 6, 1e-4 * 32 / 256),
         ("vit_giant_k600_64x266", 11552, 6, 1e-4 * 32 / 256),
         ("vit_huge_k400_64x288", 32 * 18 * 18, 12, 1e-4 * 32 / 256),
         ("vit_huge_k600_32x384", 16 * 24 * 24, 12, 1e-4 * 32 / 256),
-        ("vit_giant_ssv2", 2048, 6, 3e-4 * 96 / 256),
+        ("finetune:vit_giant_ssv2", 2048, 6, 3e-4 * 96 / 256),
         ("vit_giant_hmdb51", 2048, 15, 5e-4 * 24 / 256),
         ("distill:vit_base_k710", 1568, 15, 1e-3 * 1024 / 256),
     ],
@@ -139,11 +140,25 @@ def test_a_missing_folder_is_named(capsys):
     assert "nowhere: no such folder of videos" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", [n for n, r in RECIPES.items() if "variant" in inspect.signature(r).parameters])
+def test_the_paper_augments_as_its_table_prints(name):
+    """RandAug (0, 0.5) and MultiScaleCrop; number of operations, erasing, flips and mixing are the scripts'."""
+    official, paper = (RECIPES[name](variant=variant) for variant in ("official", "paper"))
+    policy = parse_policy(paper.data.augment.randaugment)
+    assert (policy.magnitude, policy.deviation, policy.layers) == (0, 0.5, 4)
+    assert (official.data.crop, paper.data.crop) == ("random_resized", "multi_scale")
+    changed = dataclasses.replace(official.data, augment=paper.data.augment, crop="multi_scale")
+    assert paper.data == changed
+    assert paper.data.augment.erase == official.data.augment.erase
+
+
 def test_official_augmentation_is_in_every_fine_tuning_recipe():
     for name, recipe in RECIPES.items():
         run = recipe()
         if getattr(run, "objective", "kl") == "features":
             continue
-        assert run.data.augment.randaugment == "rand-m7-n4-mstd0.5-inc1", name
+        printed = name.startswith("distill:") or run.name.endswith(("x266", "x288", "x384"))  # in the paper alone
+        assert run.data.augment.randaugment == f"rand-m{0 if printed else 7}-n4-mstd0.5-inc1", name
+        assert run.data.crop == ("multi_scale" if printed else "random_resized"), name
         assert (run.mix.mixup, run.mix.cutmix) == (0.8, 1.0), name
         assert run.data.augment.erase == (0.25 if name.startswith("finetune:") else 0.0), name

@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from vmae2_fast.config import DistillConfig, Progression, TadConfig, from_dict, to_dict
-from vmae2_fast.data.augment import OFFICIAL, OFFICIAL_MIX
+from vmae2_fast.data.augment import OFFICIAL, OFFICIAL_MIX, PAPER
 from vmae2_fast.data.manifest import ManifestError, open_sources
 from vmae2_fast.data.schedule import Mixture
-from vmae2_fast.models import build_model
+from vmae2_fast.models import build_model, resolve
 from vmae2_fast.recipes import pretrain, progressive
 from vmae2_fast.recipes_index import all_recipes, find
 from vmae2_fast.train.batch import batch_unit, micro_batches, split_batch
@@ -27,7 +27,7 @@ PUBLISHED = [n for n in all_recipes() if n.partition(":")[0] in ("pretrain", "po
 PUBLISHED.remove("pretrain:hybrid_available")
 
 
-def _published_runs() -> list[tuple[str, str | None]]:
+def published_runs() -> list[tuple[str, str | None]]:
     """Every recipe in every variant, those of one's own data and the demo left out."""
     found: list[tuple[str, str | None]] = []
     for name, recipe in all_recipes().items():
@@ -50,7 +50,7 @@ def made(name: str, variant: str | None, **arguments: str) -> Any:
     return all_recipes()[name](**({} if variant is None else {"variant": variant}), **arguments)
 
 
-@pytest.mark.parametrize(("name", "variant"), _published_runs())
+@pytest.mark.parametrize(("name", "variant"), published_runs())
 def test_runs_on_the_gpus_it_names_and_on_fewer(name: str, variant: str | None) -> None:
     run, gpus = made(name, variant), cited_gpus(name, variant)
     stages = run.stages if isinstance(run, Progression) else (run,)
@@ -104,6 +104,16 @@ def test_pretraining_reaches_the_published_learning_rate(name: str, variant: str
     assert scaled_lr(run.optim.lr, run.train.global_batch, run.optim.lr_batch) == pytest.approx(lr)
 
 
+@pytest.mark.parametrize(("size", "official", "paper"), [("giant", 2234, 2048), ("huge", 2048, 2048), ("base", 1536, 1536)])
+def test_the_paper_prints_another_decoder(size: str, official: int, paper: int) -> None:
+    for variant, hidden in (("official", official), ("paper", paper)):
+        model = find(f"pretrain:vit_{size}_hybrid")(variant=variant).model
+        decoder = resolve(model).decoder
+        assert decoder is not None
+        assert decoder.mlp_hidden == hidden
+        assert model.decoder_fp32 is (variant == "paper")
+
+
 @pytest.mark.parametrize("size", ["giant", "huge"])
 @pytest.mark.parametrize("target", ["ava", "ava_kinetics", "thumos14", "fineaction"])
 def test_progressions_end_at_detection(size: str, target: str) -> None:
@@ -130,7 +140,7 @@ def test_ssv2_skips_post_pretraining_and_never_flips(target: str) -> None:
     assert [s.name for s in run.stages] == ["pretrain", *([] if moving else ["post_pretrain"]), "finetune"]
     assert run.stages[-1].init == f"stage:{run.stages[-2].name}"
     assert run.stages[-1].data.flip is not moving
-    tuned = find(f"finetune:vit_giant_{target}")(**({} if target in ("ucf101", "hmdb51") else {"variant": "paper"}))
+    tuned = find(f"finetune:vit_giant_{target}")(variant="paper")
     assert dataclasses.replace(run.stages[-1], name=tuned.name, init=None) == tuned
 
 
@@ -138,7 +148,8 @@ def test_ssv2_skips_post_pretraining_and_never_flips(target: str) -> None:
 @pytest.mark.parametrize("variant", ["official", "paper"])
 def test_post_pretraining_augments_and_counts_clips(name: str, variant: str) -> None:
     run = find(name)(variant=variant)
-    assert run.data.augment == OFFICIAL
+    assert run.data.augment == (PAPER if variant == "paper" else OFFICIAL)
+    assert run.data.crop == ("multi_scale" if variant == "paper" else "random_resized")
     assert dataclasses.replace(run.mix, clips=2) == OFFICIAL_MIX
     if variant == "paper":
         assert (run.train.global_batch, run.data.views) == (256, 2)
@@ -191,7 +202,7 @@ def test_hybrid_available_names_what_is_missing(tmp_path: Path, capsys: pytest.C
     assert "(38.6% of the published clips)" in told
     assert "not a reproduction" in told
     toml.write_text('[ssv2]\nroot = "nowhere"\ntrain = "train.csv"\n')
-    with pytest.raises(ManifestError, match="nowhere does not exist"):
+    with pytest.raises(ManifestError, match="source ssv2: the root folder"):
         pretrain.hybrid_available(datasets=str(toml))
     toml.write_text("")
     with pytest.raises(ValueError, match="none of the sources of UnlabeledHybrid"):

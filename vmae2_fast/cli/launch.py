@@ -36,6 +36,9 @@ class LaunchOptions:
     """Read the lists, train three steps of every stage, write and read their checkpoint, and stop."""
     profile: bool = False
     """Record three steps of every stage: a trace in RUN/profile and a table of the slowest ops. The run goes on."""
+    card: str | None = None
+    """Size every stage for this card by the ledger (micro-batch, recomputation, sharding), and plan for it: 24gb, 40gb, 80gb,
+    or rtx4090, a100-40, a100-80, h100, h200; default: the recipe's own values, planned for what is here."""
     gpus: int | None = None
     """Processes on this machine, one on each GPU (without GPUs: on the CPU); default all visible GPUs. Under torchrun or
     srun the processes that are there join."""
@@ -45,7 +48,7 @@ class LaunchOptions:
     """Submit the launch to this Slurm partition and return: a process on each of `gpus` GPUs of each of `nodes` machines. The
     job is warned before it must end, saves, queues again and goes on."""
     nodes: int = 1
-    """Machines of the Slurm job."""
+    """Machines of the Slurm job, or of a plan (--dry-run)."""
     hours: float = 24.0
     """Time limit of one sitting of the Slurm job."""
     requeues: int = 100
@@ -63,6 +66,7 @@ def launch(arguments: list[str]) -> dict[str, Any]:
 
     Example: vmae2 launch demo:progressive --out runs/demo
     Example: vmae2 launch pretrain:vit_base_hybrid --optim.lr 3e-4 --train.global-batch 256
+    Example: vmae2 launch finetune:vit_huge_ssv2 --card 24gb --gpus 4 --dry-run
     Example: vmae2 launch pretrain:vit_giant_hybrid --slurm gpu --nodes 8 --gpus 8 --hours 48 --sbatch account=vision
     """
     from .. import recipes_index
@@ -123,6 +127,7 @@ def _run(run: Any, options: LaunchOptions, arguments: list[str]) -> dict[str, An
     from ..pages import missing
     from ..train.batch import split_batch
     from ..train.parallel import leave, placement
+    from ..train.plan import fitted, plan
     from ..train.progression import check_stage, describe, selected
     from ..train.smoke import smoke
 
@@ -136,32 +141,63 @@ def _run(run: Any, options: LaunchOptions, arguments: list[str]) -> dict[str, An
     if not isinstance(run, Progression) and (options.start or options.until):
         raise ValueError(f"--from and --until choose stages of a progression, and {run.name} is a single one; leave them out")
     stages = selected(run, options.start, options.until) if isinstance(run, Progression) else [run]
+    gpus, nodes = _machines(options)
     for stage in stages:
         check_stage(stage)
-    plan = describe(dataclasses.replace(run, stages=tuple(stages)) if isinstance(run, Progression) else run)
+        split_batch(stage, gpus * nodes)
+    if options.card is not None:
+        stages = [fitted(stage, options.card, gpus=gpus, nodes=nodes) for stage in stages]
+        run = _with_stages(run, stages)
+    lines = [f"progression {run.name} -> {run.out}"] if isinstance(run, Progression) else []
+    budgets = []
+    for stage in stages:
+        costs, account = plan(stage, gpus=gpus, nodes=nodes, card=options.card)
+        budgets.append(account)
+        lines += [*describe(stage), *costs]
     built = backend.native() is not None
     kernels = "with native kernels" if built else "WITHOUT native kernels (not built): reference implementations, slower"
     print(f"vmae2_fast {__version__} {kernels}; `vmae2 env` tells more", file=sys.stderr)
     world = placement()
     if world.first:
-        for line in plan:
+        for line in lines:
             print(line, file=sys.stderr)
     if options.dry_run:
-        return {"plan": plan}
+        return {"plan": lines, "stages": budgets}
     if options.slurm is not None and not slurm.submitted():
-        return _submit(run, options, stages, arguments)
+        return _submit(run, options, arguments)
     _spread(options, arguments)
-    for stage in stages:
-        split_batch(stage, world.size)
     try:
         return _check(run, options, stages) if options.check else _train(run, options, stages)
     finally:
         leave()
 
 
-def _submit(run: Any, options: LaunchOptions, stages: list[Any], arguments: list[str]) -> dict[str, Any]:
-    from ..train.batch import split_batch
+def _machines(options: LaunchOptions) -> tuple[int, int]:
+    """(processes on each machine, machines) the run will have."""
+    import torch
 
+    from ..train.parallel import placement
+
+    world = placement()
+    if world.size > 1:
+        return world.local_size, max(world.size // world.local_size, 1)
+    gpus = max(torch.cuda.device_count(), 1) if options.gpus is None else options.gpus
+    nodes = options.nodes if options.slurm is not None or options.dry_run else 1
+    for flag, count in (("--gpus", gpus), ("--nodes", nodes)):
+        if count < 1:
+            raise ValueError(f"{flag} {count}: must be above 0")
+    return gpus, nodes
+
+
+def _with_stages(run: Any, stages: list[Any]) -> Any:
+    """The run with the given stages in place of its own of the same names."""
+    if not isinstance(run, Progression):
+        return stages[0]
+    new = {stage.name: stage for stage in stages}
+    return dataclasses.replace(run, stages=tuple(new.get(stage.name, stage) for stage in run.stages))
+
+
+def _submit(run: Any, options: LaunchOptions, arguments: list[str]) -> dict[str, Any]:
     if options.gpus is None:
         raise ValueError("--slurm needs --gpus, the GPUs of each machine")
     if options.restarts:
@@ -171,8 +207,6 @@ def _submit(run: Any, options: LaunchOptions, stages: list[Any], arguments: list
         folder, partition=str(options.slurm), name=run.name, nodes=options.nodes, gpus=options.gpus, cpus=options.cpus,
         hours=options.hours, requeues=options.requeues, options=options.sbatch,
     )  # fmt: skip
-    for stage in stages:
-        split_batch(stage, options.nodes * options.gpus)
     return slurm.submit(arguments, made, folder)
 
 

@@ -34,9 +34,10 @@ def ledger(
     Example: vmae2 ledger vit_giant_patch14_224 --num-classes 710 --residual-dtype bfloat16
     Example: vmae2 ledger pretrain:vit_giant_hybrid --card a100-80 --gpus 8 --nodes 8 --train.micro-batch 32
 
-    With a recipe: its bytes on every GPU, step time, days, decoding and network for `--card` (rtx4090, a100-40, a100-80, h100,
-    h200), `--gpus` of a node, `--nodes`, `--mfu` (share of the card's peak, 0.4) and `--clips` (of an epoch, where the sources
-    have no published number); the recipe's values are flags as in `launch` (`vmae2 ledger RECIPE --help`).
+    With a recipe: its bytes on every GPU, step time, days, decoding and network for `--card` (rtx4090, a100-40, a100-80,
+    h100, h200, or 24gb, 40gb, 80gb; `--fit` sizes the recipe for it), `--gpus` of a node, `--nodes`, `--mfu` (share of the
+    card's peak, 0.4) and `--clips` (of an epoch, where the sources have no published number); the recipe's values are flags
+    as in `launch` (`vmae2 ledger RECIPE --help`).
 
     Args:
         model: official name, or a recipe.
@@ -70,14 +71,18 @@ def recipe_ledger(arguments: list[str]) -> dict[str, Any]:
     """`vmae2 ledger RECIPE [flags]`."""
     from .. import recipes_index
     from ..train.budget import BudgetOptions, budget, lines
+    from ..train.plan import fitted
     from ..train.progression import check_stage
 
     run, options = recipes_index.with_options(arguments, BudgetOptions, "vmae2 ledger", parse)
-    results = []
-    for stage in run.stages if isinstance(run, Progression) else (run,):
+    stages = run.stages if isinstance(run, Progression) else (run,)
+    for stage in stages:
         check_stage(stage)
-        results.append(budget(stage, options))
-        print("\n".join(lines(stage, results[-1])))
+    if options.fit:
+        stages = tuple(fitted(stage, options.card, gpus=options.gpus, nodes=options.nodes) for stage in stages)
+    results = [budget(stage, options) for stage in stages]  # all of them, before the first is shown
+    for stage, result in zip(stages, results, strict=True):
+        print("\n".join(lines(stage, result)))
     return {"stages": results}
 
 

@@ -25,6 +25,9 @@ from ..ops.patches import IMAGENET_MEAN, IMAGENET_STD
 from .sampling import Purpose, counter_rng
 
 OFFICIAL = AugmentConfig(randaugment="rand-m7-n4-mstd0.5-inc1", erase=0.25)
+PAPER = AugmentConfig(randaugment="rand-m0-n4-mstd0.5-inc1", erase=0.25)
+"""The paper's table of fine-tuning settings prints RandAug (0, 0.5), magnitude and deviation, where the scripts have 7; number
+of operations and erasing, which it does not print, are the scripts'."""
 OFFICIAL_MIX = MixConfig(mixup=0.8, cutmix=1.0)
 """Of every released fine-tuning script."""
 ERASED_AREA = (0.02, 1 / 3)

@@ -8,6 +8,7 @@ detector the account is that of ActionFormer on one sequence; taking the feature
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import Any, NamedTuple
 
 import torch
@@ -44,6 +45,26 @@ CARDS = {
 }
 
 
+CARDS_BY_MEMORY = {"24gb": "rtx4090", "40gb": "a100-40", "80gb": "a100-80"}
+"""A card of each size, for who asks by memory: the slowest here of 80 GB."""
+_NAMES = {
+    "rtx4090": r"RTX 4090$", "a100-40": r"A100.*40GB", "a100-80": r"A100.*80GB", "h100": r"H100 80GB HBM3", "h200": r"H200$",
+}  # fmt: skip
+
+
+def card_name(name: str) -> str:
+    """The name in `CARDS` of a card, or of a memory such as 24gb. Raises ValueError with close matches."""
+    found = CARDS_BY_MEMORY.get(name, name)
+    if found not in CARDS:
+        raise ValueError(unknown("card", name, [*CARDS, *CARDS_BY_MEMORY]))
+    return found
+
+
+def card_of(device: str) -> str | None:
+    """The name in `CARDS` of a GPU by what its driver calls it; None for one that is not there."""
+    return next((name for name, pattern in _NAMES.items() if re.search(pattern, device)), None)
+
+
 SHARE = 0.95
 """Of a card's memory that a run may count on: the driver and fragments take the rest."""
 
@@ -53,20 +74,21 @@ class BudgetOptions:
     """The machines of a budget."""
 
     card: str = "h100"
-    """rtx4090, a100-40, a100-80, h100, h200."""
+    """rtx4090, a100-40, a100-80, h100, h200; or by memory: 24gb, 40gb, 80gb."""
     gpus: int = 8
     """Of a node."""
     nodes: int = 1
     mfu: float = 0.4
     """Share of the card's peak that forward and backward reach."""
+    fit: bool = False
+    """Choose micro-batch, recomputation and sharding so that the recipe fits the card, as `launch --card` does."""
     clips: int | None = None
     """Clips of an epoch; default the published number of the recipe's sources."""
     json: bool = False
     """Print the budget as the last line on stdout."""
 
     def __post_init__(self) -> None:
-        if self.card not in CARDS:
-            raise ValueError(unknown("card", self.card, list(CARDS)))
+        card_name(self.card)
         if self.gpus < 1 or self.nodes < 1:
             raise ValueError(f"--gpus {self.gpus} --nodes {self.nodes}: must be at least 1")
         if not 0 < self.mfu <= 1:
@@ -140,7 +162,8 @@ def budget(stage: Stage, options: BudgetOptions) -> dict[str, Any]:
     epoch_clips, steps, days: None where the number of clips is not known (`options.clips`).
     Raises ValueError where the global batch cannot be cut over the GPUs.
     """
-    card, ranks = CARDS[options.card], options.gpus * options.nodes
+    name = card_name(options.card)
+    card, ranks = CARDS[name], options.gpus * options.nodes
     room = SHARE * card.memory * 1e9
     stage = sized(stage, ranks, room, options.gpus)
     train = stage.train
@@ -168,7 +191,7 @@ def budget(stage: Stage, options: BudgetOptions) -> dict[str, Any]:
     return {
         "stage": stage.name,
         "model": f"ActionFormer on {stage.model.name}" if isinstance(stage, TadConfig) else stage.model.name,
-        "card": options.card,
+        "card": name,
         "gpus": ranks,
         "micro_batch": micro,
         "micro_batches": micro_batches,

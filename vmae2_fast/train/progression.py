@@ -201,4 +201,4 @@ def describe(run: RunConfig | Progression) -> list[str]:
         sources = f"features of {run.data.annotations} in {run.data.features}"
     line = f"{run.name}: {run.model.name} {run.model.frames}x{run.model.size}^2, batch {run.train.global_batch}"
     line += f", {run.train.epochs} epochs, lr {run.optim.lr:g}, {run.train.precision}, data {sources or '(none)'}"
-    return [line + (f", from {run.init}" if run.init else "")]
+    return [line + (f", from {run.init}" if run.init else "") + (f" [{run.cites}]" if run.cites else "")]

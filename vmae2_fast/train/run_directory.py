@@ -26,7 +26,7 @@ from .checkpoint import START_OVER, clean, present, sha256, write_json
 # cut up. None of it changes the maths (micro_batch: and parallel: up to the order of summation).
 _LOADING = ("workers", "prefetch", "cache_mb", "timeout_s", "datasets")
 FREE = {
-    "out", "cites", "views.batch", "teacher_cache",
+    "out", "cites", "views.batch", "teacher_cache", "model.activation_checkpoint",
     *(f"train.{key}" for key in ("micro_batch", "parallel", "shard_within", "threads", "checkpoint_every")),
     *(f"train.{key}" for key in ("keep_checkpoints", "log_every", "keep_every", "async_checkpoint", "max_rollbacks")),
     *(f"train.{key}" for key in ("max_skipped", "stuck_after", "picture_every", "spike_factor", "tensorboard")),
