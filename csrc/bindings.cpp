@@ -66,12 +66,13 @@ void define_ops(py::module_& m, const std::string& suffix) {
   m.def(("reconstruction_loss_backward" + suffix).c_str(),
         [](uintptr_t upstream, uintptr_t pred, int pred_dtype, uintptr_t clip, int clip_dtype, int64_t batch, int64_t frames,
            int64_t height, int64_t width, int64_t channels, int64_t tubelet, int64_t patch, uintptr_t index, int64_t count,
-           const std::vector<float>& mean, const std::vector<float>& std, uintptr_t statistics, uintptr_t grad, const Where& there) {
+           const std::vector<float>& mean, const std::vector<float>& std, uintptr_t statistics, uintptr_t valid, int64_t divisor,
+           uintptr_t grad, const Where& there) {
           reconstruction_loss_backward(at<const float>(upstream),
                                        {at<const void>(pred), Dtype(pred_dtype), at<const void>(clip), Dtype(clip_dtype),
                                         {batch, frames, height, width, channels, tubelet, patch}, at<const int32_t>(index),
                                         count, mean, std},
-                                       at<const float>(statistics), at<void>(grad), where(there));
+                                       at<const float>(statistics), at<const int64_t>(valid), divisor, at<void>(grad), where(there));
         },
         release());
 }
@@ -103,11 +104,11 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("reconstruction_loss",
         [](uintptr_t pred, int pred_dtype, uintptr_t clip, int clip_dtype, int64_t batch, int64_t frames, int64_t height,
            int64_t width, int64_t channels, int64_t tubelet, int64_t patch, uintptr_t index, int64_t count,
-           const std::vector<float>& mean, const std::vector<float>& std, bool normalize, uintptr_t statistics,
-           uintptr_t loss_sum, uintptr_t count_out, int threads) {
+           const std::vector<float>& mean, const std::vector<float>& std, bool normalize, int64_t divisor,
+           uintptr_t statistics, uintptr_t loss, uintptr_t count_out, int threads) {
           reconstruction_loss({at<const void>(pred), Dtype(pred_dtype), at<const void>(clip), Dtype(clip_dtype),
                                {batch, frames, height, width, channels, tubelet, patch}, at<const int32_t>(index), count, mean, std},
-                              normalize, at<float>(statistics), at<float>(loss_sum), at<int64_t>(count_out), threads);
+                              normalize, divisor, at<float>(statistics), at<float>(loss), at<int64_t>(count_out), threads);
         },
         release());
 
@@ -172,13 +173,13 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("reconstruction_loss_cuda",
         [](uintptr_t pred, int pred_dtype, uintptr_t clip, int clip_dtype, int64_t batch, int64_t frames, int64_t height,
            int64_t width, int64_t channels, int64_t tubelet, int64_t patch, uintptr_t index, int64_t count,
-           const std::vector<float>& mean, const std::vector<float>& std, bool normalize, uintptr_t statistics,
-           uintptr_t loss_sum, uintptr_t count_out, uintptr_t scratch,
+           const std::vector<float>& mean, const std::vector<float>& std, bool normalize, int64_t divisor,
+           uintptr_t statistics, uintptr_t loss, uintptr_t count_out, uintptr_t scratch,
            const std::pair<int, uintptr_t>& queue) {
           reconstruction_loss({at<const void>(pred), Dtype(pred_dtype), at<const void>(clip), Dtype(clip_dtype),
                                {batch, frames, height, width, channels, tubelet, patch}, at<const int32_t>(index), count, mean, std},
-                              normalize, at<float>(statistics), at<float>(loss_sum), at<int64_t>(count_out), at<double>(scratch),
-                              where(queue));
+                              normalize, divisor, at<float>(statistics), at<float>(loss), at<int64_t>(count_out),
+                              at<double>(scratch), where(queue));
         },
         release());
 #endif

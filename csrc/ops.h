@@ -43,7 +43,8 @@ void scatter_patches(const void* rows, Dtype dtype, const int32_t* index, int64_
                      bool pixel_order, void* clip, int threads);
 
 // reconstruction.cpp. pred, grad: [batch, count, row()] of pred_dtype; statistics: [batch, count, 2, channels], the centre and
-// factor that make a target of a pixel (bytes of a uint8 clip as 0..255); loss_sum and count_out: scalars.
+// factor that make a target of a pixel (bytes of a uint8 clip as 0..255); loss and count_out, the number of tokens that count:
+// scalars. The loss is divided by `divisor`, or where that is 0 by the count (at least 1).
 struct Reconstruction {
   const void* pred;
   Dtype pred_dtype;
@@ -54,10 +55,10 @@ struct Reconstruction {
   int64_t count;
   std::vector<float> mean, std;  // per channel, undo the normalisation of a floating point clip
 };
-void reconstruction_loss(const Reconstruction& in, bool normalize, float* statistics, float* loss_sum, int64_t* count_out,
-                         int threads);
-void reconstruction_loss_backward(const float* upstream, const Reconstruction& in, const float* statistics, void* grad,
-                                  int threads);
+void reconstruction_loss(const Reconstruction& in, bool normalize, int64_t divisor, float* statistics, float* loss,
+                         int64_t* count_out, int threads);
+void reconstruction_loss_backward(const float* upstream, const Reconstruction& in, const float* statistics,
+                                  const int64_t* count, int64_t divisor, void* grad, int threads);
 
 // resize.cpp. Cut windows out of uint8 frames and resize them: out is [views, frames, height, width, channels]. A row of
 // `table` names one view: address of its source window relative to `buffer`, strides of frames and lines in bytes, height
@@ -123,9 +124,9 @@ void gather_patches(const void* clip, Dtype clip_dtype, const Clip& shape, const
 void scatter_patches(const void* rows, Dtype dtype, const int32_t* index, int64_t count, const Clip& shape, bool pixel_order,
                      void* clip, const Queue& queue);
 // scratch: [batch * count, 2], 16-byte aligned.
-void reconstruction_loss(const Reconstruction& in, bool normalize, float* statistics, float* loss_sum, int64_t* count_out,
-                         double* scratch, const Queue& queue);
-void reconstruction_loss_backward(const float* upstream, const Reconstruction& in, const float* statistics, void* grad,
-                                  const Queue& queue);
+void reconstruction_loss(const Reconstruction& in, bool normalize, int64_t divisor, float* statistics, float* loss,
+                         int64_t* count_out, double* scratch, const Queue& queue);
+void reconstruction_loss_backward(const float* upstream, const Reconstruction& in, const float* statistics,
+                                  const int64_t* count, int64_t divisor, void* grad, const Queue& queue);
 
 }  // namespace vmae2

@@ -19,7 +19,7 @@ import importlib.util
 import os
 import platform
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,10 +48,13 @@ class OpEntry:
     because: dict[str, str | Callable[[], str]]  # device type -> what the order rests on
     measured: Callable[..., tuple[str, ...] | None]  # (device, *details) -> the order measured for such an input, if any
 
-    def preference(self, device: torch.device, *details: Any) -> list[str]:
+    def preference(self, device: torch.device, *details: Any) -> Sequence[str]:
         """All names that run without a request, the first choice first."""
         order = self.order.get(device.type, self.order["*"])
-        measured = [n for n in self.measured(device, *details) or () if n in self.implementations]
+        first = self.measured(device, *details)
+        if not first:
+            return order
+        measured = [n for n in first if n in self.implementations]
         return [*measured, *(n for n in order if n not in measured)]
 
     def reason(self, kind: str) -> str:

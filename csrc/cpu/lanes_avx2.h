@@ -12,6 +12,17 @@ VMAE2_INLINE Floats operator*(Floats a, Floats b) { return {_mm256_mul_ps(a.low,
 VMAE2_INLINE Floats operator/(Floats a, Floats b) { return {_mm256_div_ps(a.low, b.low), _mm256_div_ps(a.high, b.high)}; }
 VMAE2_INLINE Floats square_root(Floats a) { return {_mm256_sqrt_ps(a.low), _mm256_sqrt_ps(a.high)}; }
 
+// The channels of the lanes of three vectors, where three channels take turns.
+VMAE2_INLINE void take_turns(const float* three, Floats* out) {
+  const __m256 all = _mm256_setr_ps(three[0], three[1], three[2], 0, 0, 0, 0, 0);
+  const __m256 a = _mm256_permutevar8x32_ps(all, _mm256_setr_epi32(0, 1, 2, 0, 1, 2, 0, 1));
+  const __m256 b = _mm256_permutevar8x32_ps(all, _mm256_setr_epi32(2, 0, 1, 2, 0, 1, 2, 0));
+  const __m256 c = _mm256_permutevar8x32_ps(all, _mm256_setr_epi32(1, 2, 0, 1, 2, 0, 1, 2));
+  out[0] = {a, b};
+  out[1] = {c, a};
+  out[2] = {b, c};
+}
+
 // Sixteen bytes, and as floats.
 using Bytes = __m128i;
 VMAE2_INLINE Bytes load_bytes(const uint8_t* in) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(in)); }
@@ -62,6 +73,29 @@ VMAE2_INLINE void store16(f16* out, Floats value) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(out), half8(value.low));
   _mm_storeu_si128(reinterpret_cast<__m128i*>(out + 8), half8(value.high));
 }
+
+// Sums and sums of squares of bytes by lane, two vectors at a time; up to kMostPairs fit.
+struct Moments {
+  __m256i sums;       // of 16 bits
+  __m256i low, high;  // squares of lanes 0-3 and 8-11, 4-7 and 12-15
+
+  VMAE2_INLINE Moments() { sums = low = high = _mm256_setzero_si256(); }
+  VMAE2_INLINE void add(const uint8_t* a, const uint8_t* b) {
+    const __m256i x = _mm256_cvtepu8_epi16(load_bytes(a)), y = _mm256_cvtepu8_epi16(load_bytes(b));
+    sums = _mm256_add_epi16(sums, _mm256_add_epi16(x, y));
+    const __m256i first = _mm256_unpacklo_epi16(x, y), second = _mm256_unpackhi_epi16(x, y);  // both vectors' bytes of a lane
+    low = _mm256_add_epi32(low, _mm256_madd_epi16(first, first));
+    high = _mm256_add_epi32(high, _mm256_madd_epi16(second, second));
+  }
+  VMAE2_INLINE void finish(uint32_t* sum, uint32_t* square) const {
+    auto* sum8 = reinterpret_cast<__m256i*>(sum);
+    auto* square8 = reinterpret_cast<__m256i*>(square);
+    _mm256_storeu_si256(sum8, _mm256_cvtepu16_epi32(_mm256_castsi256_si128(sums)));
+    _mm256_storeu_si256(sum8 + 1, _mm256_cvtepu16_epi32(_mm256_extracti128_si256(sums, 1)));
+    _mm256_storeu_si256(square8, _mm256_permute2x128_si256(low, high, 0x20));
+    _mm256_storeu_si256(square8 + 1, _mm256_permute2x128_si256(low, high, 0x31));
+  }
+};
 
 // Sixteen unsigned 32-bit words.
 struct Words {

@@ -12,6 +12,17 @@ VMAE2_INLINE Floats operator*(Floats a, Floats b) { return {_mm512_mul_ps(a.all,
 VMAE2_INLINE Floats operator/(Floats a, Floats b) { return {_mm512_div_ps(a.all, b.all)}; }
 VMAE2_INLINE Floats square_root(Floats a) { return {_mm512_sqrt_ps(a.all)}; }
 
+// The channels of the lanes of three vectors, where three channels take turns.
+VMAE2_INLINE void take_turns(const float* three, Floats* out) {
+  const __m512 all = _mm512_castps128_ps512(_mm_setr_ps(three[0], three[1], three[2], 0));
+  const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 1, 2, 0);
+  const __m512i next = _mm512_setr_epi32(1, 2, 0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 1);
+  const __m512i last = _mm512_setr_epi32(2, 0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 1, 2);
+  out[0] = {_mm512_permutexvar_ps(lanes, all)};
+  out[1] = {_mm512_permutexvar_ps(next, all)};
+  out[2] = {_mm512_permutexvar_ps(last, all)};
+}
+
 // Sixteen bytes, and as floats.
 using Bytes = __m128i;
 VMAE2_INLINE Bytes load_bytes(const uint8_t* in) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(in)); }
@@ -52,6 +63,23 @@ VMAE2_INLINE void store16(f16* out, Floats value) {
   const __m512i clean = _mm512_mask_or_epi32(bits, nan, sign, _mm512_set1_epi32(0x7fc00000));
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm512_cvtps_ph(_mm512_castsi512_ps(clean), _MM_FROUND_TO_NEAREST_INT));
 }
+
+// Sums and sums of squares of bytes by lane, two vectors at a time; up to kMostPairs fit.
+struct Moments {
+  __m512i sums, squares;
+
+  VMAE2_INLINE Moments() { sums = squares = _mm512_setzero_si512(); }
+  VMAE2_INLINE void add(const uint8_t* a, const uint8_t* b) {
+    const __m512i x = _mm512_cvtepu8_epi32(load_bytes(a)), y = _mm512_cvtepu8_epi32(load_bytes(b));
+    sums = _mm512_add_epi32(sums, _mm512_add_epi32(x, y));
+    const __m512i both = _mm512_or_si512(x, _mm512_slli_epi32(y, 16));
+    squares = _mm512_add_epi32(squares, _mm512_madd_epi16(both, both));
+  }
+  VMAE2_INLINE void finish(uint32_t* sum, uint32_t* square) const {
+    _mm512_storeu_si512(sum, sums);
+    _mm512_storeu_si512(square, squares);
+  }
+};
 
 // Sixteen unsigned 32-bit words.
 struct Words {

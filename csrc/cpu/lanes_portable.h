@@ -10,6 +10,11 @@ VMAE2_INLINE Floats splat(float value) {
   return out;
 }
 
+// The channels of the lanes of three vectors, where three channels take turns.
+VMAE2_INLINE void take_turns(const float* three, Floats* out) {
+  for (int i = 0; i < 48; ++i) out[i / 16].at[i % 16] = three[i % 3];
+}
+
 template <class T>
 VMAE2_INLINE Floats load16(const T* in) {
   Floats out;
@@ -46,6 +51,22 @@ VMAE2_INLINE Floats square_root(Floats a) {
   for (float& lane : a.at) lane = std::sqrt(lane);
   return a;
 }
+
+// Sums and sums of squares of bytes by lane, two vectors at a time; up to kMostPairs fit.
+struct Moments {
+  uint32_t sums[16] = {}, squares[16] = {};
+
+  VMAE2_INLINE void add(const uint8_t* a, const uint8_t* b) {
+    for (int i = 0; i < 16; ++i) {
+      sums[i] += uint32_t{a[i]} + b[i];
+      squares[i] += uint32_t{a[i]} * a[i] + uint32_t{b[i]} * b[i];
+    }
+  }
+  VMAE2_INLINE void finish(uint32_t* sum, uint32_t* square) const {
+    std::memcpy(sum, sums, sizeof(sums));
+    std::memcpy(square, squares, sizeof(squares));
+  }
+};
 
 // Sixteen unsigned 32-bit words.
 struct Words {

@@ -15,6 +15,7 @@
 namespace vmae2 {
 namespace {
 
+constexpr int64_t kMostPairs = 128;  // of vectors that `Moments` adds up: 2 * 128 * 255 < 2^16
 constexpr double kEps = 1e-6;  // added to the standard deviation of pixels in [0, 1]
 
 // What the kernels of both directions read and write.
@@ -37,7 +38,8 @@ struct Work {
   uint8_t *bytes, *other_bytes;  // a token's bytes, zeros up to a whole vector
   float *block, *other_block;    // the pixels of one of a floating point clip, likewise
   float *centre, *factor;        // constants of the lanes of a period
-  float *first, *second;         // sums of the lanes of a period
+  float* squares;                // sums of the lanes of a period
+  uint32_t *byte_sum, *byte_square;
   double *sum, *square;          // of each channel
 
   Work other() const {
@@ -54,16 +56,18 @@ class Scratch {
     const auto padded = static_cast<size_t>((job.row + 15) / 16 * 16), lanes = static_cast<size_t>(16 * job.period);
     const auto channels = static_cast<size_t>(job.shape.channels), all = static_cast<size_t>(std::max(1, workers));
     // A cache line apart, so that workers do not write into each other's.
-    const size_t floats = (2 * padded + 4 * lanes + 31) / 16 * 16, doubles = (2 * channels + 15) / 8 * 8;
+    const size_t floats = (2 * padded + 3 * lanes + 31) / 16 * 16, doubles = (2 * channels + 15) / 8 * 8;
     const size_t bytes = 2 * padded + 64;
     floats_.resize(all * floats);
     doubles_.resize(all * doubles);
     bytes_.resize(all * bytes);
+    words_.resize(all * 2 * lanes);
     for (size_t w = 0; w < all; ++w) {
       uint8_t* b = bytes_.data() + w * bytes;
       float *f = floats_.data() + w * floats, *l = f + 2 * padded;
       double* d = doubles_.data() + w * doubles;
-      work_.push_back({b, b + padded, f, f + padded, l, l + lanes, l + 2 * lanes, l + 3 * lanes, d, d + channels});
+      uint32_t* words = words_.data() + w * 2 * lanes;
+      work_.push_back({b, b + padded, f, f + padded, l, l + lanes, l + 2 * lanes, words, words + lanes, d, d + channels});
     }
   }
   const Work& operator[](int64_t worker) const { return work_[static_cast<size_t>(worker)]; }
@@ -72,6 +76,7 @@ class Scratch {
   std::vector<float> floats_;
   std::vector<double> doubles_;
   std::vector<uint8_t> bytes_;
+  std::vector<uint32_t> words_;
   std::vector<Work> work_;
 };
 
@@ -108,6 +113,10 @@ Job prepare(const char* op, const Reconstruction& in) {
   return job;
 }
 
+float divided_by(int64_t divisor, int64_t count) {
+  return static_cast<float>(divisor ? divisor : std::max<int64_t>(1, count));
+}
+
 // Run pick(pixel, pred, period), a kernel of these types, over all rows.
 template <class Pick>
 void run_rows(const char* op, const Reconstruction& in, const Job& job, int threads, const Pick& pick) {
@@ -130,8 +139,8 @@ void run_rows(const char* op, const Reconstruction& in, const Job& job, int thre
 
 }  // namespace
 
-void reconstruction_loss(const Reconstruction& in, bool normalize, float* statistics, float* loss_sum, int64_t* count_out,
-                         int threads) {
+void reconstruction_loss(const Reconstruction& in, bool normalize, int64_t divisor, float* statistics, float* loss,
+                         int64_t* count_out, int threads) {
   Job job = prepare("reconstruction_loss", in);
   if (normalize && job.row / in.shape.channels < 2) {
     throw std::invalid_argument("reconstruction_loss: a patch of one pixel has no variance");
@@ -151,15 +160,16 @@ void reconstruction_loss(const Reconstruction& in, bool normalize, float* statis
     sum += losses[static_cast<size_t>(r)];
     valid += in.index[r] >= 0;
   }
-  *loss_sum = static_cast<float>(sum);
+  *loss = static_cast<float>(sum) / divided_by(divisor, valid);
   *count_out = valid;
 }
 
-void reconstruction_loss_backward(const float* upstream, const Reconstruction& in, const float* statistics, void* grad,
-                                  int threads) {
+void reconstruction_loss_backward(const float* upstream, const Reconstruction& in, const float* statistics,
+                                  const int64_t* count, int64_t divisor, void* grad, int threads) {
   Job job = prepare("reconstruction_loss_backward", in);
   job.statistics = const_cast<float*>(statistics);
-  job.scale = static_cast<float>(static_cast<double>(*upstream) * 2.0 / static_cast<double>(job.row));
+  const float of_sum = *upstream / divided_by(divisor, *count);
+  job.scale = static_cast<float>(static_cast<double>(of_sum) * 2.0 / static_cast<double>(job.row));
   job.grad = grad;
   expect_writes(grad, in.shape.batch * in.count * job.row * (in.pred_dtype == Dtype::f32 ? 4 : 2));
   run_rows("reconstruction_loss_backward", in, job, threads, [](auto pixel, auto pred, auto period) {

@@ -37,41 +37,30 @@ VMAE2_INLINE void read_bytes(const uint8_t* corner, const Job& job, const Work& 
   }
 }
 
-template <int P>
-VMAE2_INLINE void add_moments(const Work& work, int64_t v, int64_t j, Sums<P>& first, Sums<P>& second) {
-  const Floats z = load16(work.bytes + 16 * v);
-  first.add(j, z);
-  second.add(j, z * z);
-}
-
-// Exact sum and sum of squares of the bytes of every channel: a lane adds integers that stay below 2^24, which floats hold
-// exactly, and lanes are added in double.
+// Exact sum and sum of squares of the bytes of every channel.
 template <int P>
 void add_bytes(const Job& job, const Work& work) {
+  static const uint8_t none[16] = {};
   const int64_t channels = job.shape.channels, vectors = (job.row + 15) / 16, period = P ? P : job.period;
-  const int64_t exact = 256 * period;  // 256 * 255^2 < 2^24
   std::fill(work.sum, work.sum + channels, 0.0);
   std::fill(work.square, work.square + channels, 0.0);
-  for (int64_t begin = 0; begin < vectors; begin += exact) {
-    const int64_t end = std::min(vectors, begin + exact);
-    Sums<P> first(work.first, period), second(work.second, period);
-    int64_t v = begin;
-    for (; v + period <= end; v += period) {
-      for (int64_t j = 0; j < period; ++j) add_moments(work, v + j, j, first, second);
-    }
+  for (int64_t begin = 0; begin < vectors; begin += 2 * kMostPairs * period) {
+    const int64_t end = std::min(vectors, begin + 2 * kMostPairs * period);
     for (int64_t j = 0; j < period; ++j) {
-      if (v + j < end) add_moments(work, v + j, j, first, second);
+      Moments moments;
+      int64_t v = begin + j;
+      for (; v + period < end; v += 2 * period) moments.add(work.bytes + 16 * v, work.bytes + 16 * (v + period));
+      if (v < end) moments.add(work.bytes + 16 * v, none);
+      moments.finish(work.byte_sum + 16 * j, work.byte_square + 16 * j);
     }
-    first.finish(work.first);
-    second.finish(work.second);
     for (int64_t c = 0; c < channels; ++c) {
-      double sum = work.sum[c], square = work.square[c];
+      uint64_t sum = 0, square = 0;
       for (int64_t i = c; i < 16 * period; i += channels) {
-        sum += static_cast<double>(work.first[i]);
-        square += static_cast<double>(work.second[i]);
+        sum += work.byte_sum[i];
+        square += work.byte_square[i];
       }
-      work.sum[c] = sum;
-      work.square[c] = square;
+      work.sum[c] += static_cast<double>(sum);
+      work.square[c] += static_cast<double>(square);
     }
   }
 }
@@ -157,80 +146,148 @@ void channel_constants(const Job& job, const Work& work, float* out) {
   }
 }
 
-// The constants of every lane of a period.
-VMAE2_INLINE void spread_constants(const Job& job, const float* constants, const Work& work) {
-  const int64_t channels = job.shape.channels;
-  for (int64_t i = 0; i < 16 * job.period; i += channels) {
-    for (int64_t c = 0; c < channels; ++c) {
-      work.centre[i + c] = constants[c];
-      work.factor[i + c] = constants[channels + c];
-    }
-  }
+template <class Pixel>
+VMAE2_INLINE const Pixel* token_of_row(const Job& job, int64_t r) {
+  return static_cast<const Pixel*>(job.clip) + job.layout.corner(job.shape, r / job.count, job.index[r]);
 }
 
+// The lines of bytes of a row to come, fetched into the cache one by one: all at once they would queue up and keep what is
+// read now waiting. Nothing for rows past the end and without a token.
 template <class Pixel>
-VMAE2_INLINE Floats error16(Floats pred, const Work& work, int64_t v, int64_t j) {
-  return pred - (pixels16<Pixel>(work, v) - load16(work.centre + 16 * j)) * load16(work.factor + 16 * j);
+class Ahead {
+ public:
+  VMAE2_INLINE Ahead(const Job& job, int64_t r, int64_t end) {
+    if (r >= end || job.index[r] < 0) return;
+    at_ = token_of_row<Pixel>(job, r);
+    if constexpr (std::is_same_v<Pixel, uint8_t>) {
+      patch_ = y_ = job.shape.patch;
+      left_ = job.shape.tubelet * patch_;
+      line_ = job.layout.line;
+      to_next_frame_ = job.layout.frame - patch_ * line_;
+      last_ = job.line - 1;
+    } else {
+      prefetch_token(at_, job.shape, job.layout);
+    }
+  }
+  VMAE2_INLINE void fetch() {
+    if (!left_) return;
+    --left_;
+    prefetch(at_);
+    prefetch(at_ + last_);
+    at_ += line_;
+    if (--y_) return;
+    y_ = patch_;
+    at_ += to_next_frame_;
+  }
+  VMAE2_INLINE void fetch_rest() {
+    while (left_) fetch();
+  }
+
+ private:
+  const Pixel* at_ = nullptr;
+  int64_t left_ = 0, patch_ = 0, y_ = 0, line_ = 0, to_next_frame_ = 0, last_ = 0;
+};
+
+// Centre and factor of the lanes of a period: in registers, or in memory.
+template <int P>
+struct Constants {
+  const float *centres, *factors;
+
+  VMAE2_INLINE Constants(const Job& job, const float* constants, const Work& work)
+      : centres(work.centre), factors(work.factor) {
+    const int64_t channels = job.shape.channels;
+    for (int64_t i = 0; i < 16 * job.period; i += channels) {
+      for (int64_t c = 0; c < channels; ++c) {
+        work.centre[i + c] = constants[c];
+        work.factor[i + c] = constants[channels + c];
+      }
+    }
+  }
+  VMAE2_INLINE Floats centre(int64_t j) const { return load16(centres + 16 * j); }
+  VMAE2_INLINE Floats factor(int64_t j) const { return load16(factors + 16 * j); }
+};
+
+template <>
+struct Constants<3> {
+  Floats centres[3], factors[3];
+
+  VMAE2_INLINE Constants(const Job&, const float* constants, const Work&) {
+    take_turns(constants, centres);
+    take_turns(constants + 3, factors);
+  }
+  VMAE2_INLINE Floats centre(int64_t j) const { return centres[j]; }
+  VMAE2_INLINE Floats factor(int64_t j) const { return factors[j]; }
+};
+
+template <class Pixel, int P>
+VMAE2_INLINE Floats error16(Floats pred, const Work& work, const Constants<P>& constants, int64_t v, int64_t j) {
+  return pred - (pixels16<Pixel>(work, v) - constants.centre(j)) * constants.factor(j);
 }
 
 // Mean squared error of a token.
 template <class Pixel, class Pred, int P>
-double token_loss(const Pred* pred, const Job& job, const Work& work) {
+double token_loss(const Pred* pred, const float* kept, const Job& job, const Work& work, Ahead<Pixel> ahead) {
+  const Constants<P> constants(job, kept, work);
   const int64_t whole = job.row / 16, rest = job.row % 16, period = P ? P : job.period;
-  Sums<P> squares(work.first, period);
+  Sums<P> squares(work.squares, period);
   int64_t v = 0;
   for (; v + period <= whole; v += period) {
+    ahead.fetch();
     for (int64_t j = 0; j < period; ++j) {
-      const Floats d = error16<Pixel>(load16(pred + 16 * (v + j)), work, v + j, j);
+      const Floats d = error16<Pixel, P>(load16(pred + 16 * (v + j)), work, constants, v + j, j);
       squares.add(j, d * d);
     }
   }
   for (int64_t j = 0; j < period; ++j) {
     if (v + j < whole) {
-      const Floats d = error16<Pixel>(load16(pred + 16 * (v + j)), work, v + j, j);
+      const Floats d = error16<Pixel, P>(load16(pred + 16 * (v + j)), work, constants, v + j, j);
       squares.add(j, d * d);
     }
   }
-  squares.finish(work.first);
+  squares.finish(work.squares);
   double sum = 0.0;
   if (rest) {
-    const Floats d = error16<Pixel>(load_first(pred + 16 * whole, rest), work, whole, whole % period);
+    const Floats d = error16<Pixel, P>(load_first(pred + 16 * whole, rest), work, constants, whole, whole % period);
     float last[16];
     store16(last, d * d);
     for (int64_t i = 0; i < rest; ++i) sum += static_cast<double>(last[i]);
   }
   double lanes[8] = {};
   for (int64_t i = 0; i < 16 * period; i += 8) {
-    for (int64_t k = 0; k < 8; ++k) lanes[k] += static_cast<double>(work.first[i + k]);
+    for (int64_t k = 0; k < 8; ++k) lanes[k] += static_cast<double>(work.squares[i + k]);
   }
   sum += ((lanes[0] + lanes[4]) + (lanes[1] + lanes[5])) + ((lanes[2] + lanes[6]) + (lanes[3] + lanes[7]));
+  ahead.fetch_rest();
   return sum / static_cast<double>(job.row);
 }
 
 template <class Pixel, class Pred, int P>
-void token_gradient(const Pred* pred, float scale, Pred* grad, const Job& job, const Work& work) {
+void token_gradient(const Pred* pred, const float* kept, float scale, Pred* grad, const Job& job, const Work& work,
+                    Ahead<Pixel> ahead) {
+  const Constants<P> constants(job, kept, work);
   const int64_t whole = job.row / 16, rest = job.row % 16, period = P ? P : job.period;
   const Floats factor = splat(scale);
   int64_t v = 0;
   for (; v + period <= whole; v += period) {
+    ahead.fetch();
     for (int64_t j = 0; j < period; ++j) {
       const int64_t i = 16 * (v + j);
-      store16(grad + i, error16<Pixel>(load16(pred + i), work, v + j, j) * factor);
+      store16(grad + i, error16<Pixel, P>(load16(pred + i), work, constants, v + j, j) * factor);
     }
   }
-  for (; v < whole; ++v) store16(grad + 16 * v, error16<Pixel>(load16(pred + 16 * v), work, v, v % period) * factor);
-  if (rest) store_first(grad + 16 * v, error16<Pixel>(load_first(pred + 16 * v, rest), work, v, v % period) * factor, rest);
+  for (int64_t j = 0; v < whole; ++v, ++j) {
+    store16(grad + 16 * v, error16<Pixel, P>(load16(pred + 16 * v), work, constants, v, j) * factor);
+  }
+  if (rest) {
+    const Floats d = error16<Pixel, P>(load_first(pred + 16 * v, rest), work, constants, v, v % period);
+    store_first(grad + 16 * v, d * factor, rest);
+  }
+  ahead.fetch_rest();
 }
 
-template <class Pixel>
-VMAE2_INLINE const Pixel* token_of_row(const Job& job, int64_t r) {
-  return static_cast<const Pixel*>(job.clip) + job.layout.corner(job.shape, r / job.count, job.index[r]);
-}
-
-// Read row r and have the one after it fetched into the cache; rows past the end and without a token are left alone.
+// Read row r, if there is one.
 template <class Pixel>
 VMAE2_INLINE void read_row(const Job& job, int64_t r, int64_t end, const Work& work) {
-  if (r + 1 < end && job.index[r + 1] >= 0) prefetch_token(token_of_row<Pixel>(job, r + 1), job.shape, job.layout);
   if (r < end && job.index[r] >= 0) read_token(token_of_row<Pixel>(job, r), job, work);
 }
 
@@ -252,8 +309,8 @@ void loss_rows(const Job& job, const Work& work, int64_t begin, int64_t end) {
     }
     if (job.normalize) add_token<Pixel, P>(job, here);
     channel_constants<Pixel>(job, here, constants);
-    spread_constants(job, constants, here);
-    job.losses[r] = token_loss<Pixel, Pred, P>(static_cast<const Pred*>(job.pred) + r * job.row, job, here);
+    job.losses[r] = token_loss<Pixel, Pred, P>(static_cast<const Pred*>(job.pred) + r * job.row, constants, job, here,
+                                               Ahead<Pixel>(job, r + 2, end));
   }
 }
 
@@ -269,7 +326,7 @@ void gradient_rows(const Job& job, const Work& work, int64_t begin, int64_t end)
       std::memset(static_cast<void*>(grad), 0, static_cast<size_t>(job.row) * sizeof(Pred));
       continue;
     }
-    spread_constants(job, job.statistics + r * kept, here);
-    token_gradient<Pixel, Pred, P>(static_cast<const Pred*>(job.pred) + r * job.row, job.scale, grad, job, here);
+    token_gradient<Pixel, Pred, P>(static_cast<const Pred*>(job.pred) + r * job.row, job.statistics + r * kept, job.scale,
+                                   grad, job, here, Ahead<Pixel>(job, r + 2, end));
   }
 }

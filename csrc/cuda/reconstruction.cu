@@ -21,9 +21,16 @@ __device__ Target target_of(double sum, double squares, double n, double origin,
   return {static_cast<float>(origin + sum / n), static_cast<float>(1.0 / (sqrt(variance) + kEps * unit))};
 }
 
-// Of upstream: the derivative of a row's loss in its error.
-__device__ float gradient_scale(const float* upstream, double two_by_row) {
-  return static_cast<float>(static_cast<double>(*upstream) * two_by_row);
+// What the loss is divided by: a number, or where that is 0 the tokens that count.
+struct Denominator {
+  int64_t number;
+
+  __device__ float of(int64_t count) const { return static_cast<float>(number ? number : count > 1 ? count : 1); }
+};
+
+// The derivative of the loss in an error.
+__device__ float gradient_scale(const float* upstream, const int64_t* count, Denominator denominator, double two_by_row) {
+  return static_cast<float>(static_cast<double>(*upstream / denominator.of(*count)) * two_by_row);
 }
 
 // What a row has whose target is not computed: padding counts for nothing, an id outside the grid must show.
@@ -184,7 +191,8 @@ template <int PATCH, class Pred>
 __global__ void __launch_bounds__(kTokensPerBlock* kWarp)
     gradient_bytes(const float* __restrict__ upstream, const Pred* __restrict__ pred, const uint8_t* __restrict__ clip,
                    const int32_t* __restrict__ index, uint32_t total, const __grid_constant__ Geometry g,
-                   const float* __restrict__ statistics, Pred* __restrict__ grad) {
+                   const float* __restrict__ statistics, const int64_t* __restrict__ count, Denominator denominator,
+                   Pred* __restrict__ grad) {
   using Token = ByteToken<PATCH>;
   using Group = Groups<PATCH, Pred>;
   constexpr int size = Vector<Pred>::size;
@@ -199,7 +207,7 @@ __global__ void __launch_bounds__(kTokensPerBlock* kWarp)
   }
   const Token token{clip + corner(g, r, id), g.layout.frame, g.layout.line, shared_memory() + warp * Token::staged};
   const int first = Group::first_channel(lane);
-  const float scale = gradient_scale(upstream, 2.0 / Token::row);
+  const float scale = gradient_scale(upstream, count, denominator, 2.0 / Token::row);
   Group group;
   group.read(pred + static_cast<int64_t>(r) * Token::row, lane);
   token.stage(lane);
@@ -313,7 +321,8 @@ template <class Pixel, class Pred>
 __global__ void __launch_bounds__(kThreads)
     gradient_elements(const float* __restrict__ upstream, const Pred* __restrict__ pred, const Pixel* __restrict__ clip,
                       const int32_t* __restrict__ index, const __grid_constant__ Geometry g, const __grid_constant__ Affine n,
-                      const float* __restrict__ statistics, Pred* __restrict__ grad) {
+                      const float* __restrict__ statistics, const int64_t* __restrict__ count, Denominator denominator,
+                      Pred* __restrict__ grad) {
   const int64_t r = blockIdx.x;
   const int32_t id = index[r];
   const int channels = static_cast<int>(g.channels.value), tid = static_cast<int>(threadIdx.x);
@@ -327,7 +336,7 @@ __global__ void __launch_bounds__(kThreads)
   if (tid >= step) return;
   const float* kept = statistics + r * 2 * channels + tid % channels;
   const float centre = kept[0], factor = kept[channels];
-  const float scale = gradient_scale(upstream, 2.0 / g.row);
+  const float scale = gradient_scale(upstream, count, denominator, 2.0 / g.row);
   for (int k = tid; k < g.row; k += step) {
     store(out[k], (load(pred[r * g.row + k]) - (pixel(in, g, n, k) - centre) * factor) * scale);
   }
@@ -335,9 +344,10 @@ __global__ void __launch_bounds__(kThreads)
 
 constexpr int kSumThreads = 512;
 
-// Loss sum and count of what the blocks above left behind, by one block.
+// Loss and count of what the blocks above left behind, by one block.
 __global__ void __launch_bounds__(kSumThreads)
-    add_up(const double2* __restrict__ sums, int count, float* __restrict__ loss_sum, int64_t* __restrict__ count_out) {
+    add_up(const double2* __restrict__ sums, int count, Denominator denominator, float* __restrict__ loss_out,
+           int64_t* __restrict__ count_out) {
   auto* scratch = reinterpret_cast<double*>(shared_memory());
   double loss = 0, valid = 0;
 #pragma unroll 4
@@ -348,8 +358,8 @@ __global__ void __launch_bounds__(kSumThreads)
   loss = block_sum(loss, scratch);
   valid = block_sum(valid, scratch + kSumThreads / kWarp);
   if (threadIdx.x == 0) {
-    *loss_sum = static_cast<float>(loss);
     *count_out = static_cast<int64_t>(valid);
+    *loss_out = static_cast<float>(loss) / denominator.of(static_cast<int64_t>(valid));
   }
 }
 
@@ -364,8 +374,8 @@ int64_t byte_blocks(int64_t total) { return (total + kTokensPerBlock - 1) / kTok
 }  // namespace
 }  // namespace cuda
 
-void reconstruction_loss(const Reconstruction& in, bool normalize, float* statistics, float* loss_sum, int64_t* count_out,
-                         double* scratch, const Queue& queue) {
+void reconstruction_loss(const Reconstruction& in, bool normalize, int64_t divisor, float* statistics, float* loss,
+                         int64_t* count_out, double* scratch, const Queue& queue) {
   using namespace cuda;
   constexpr const char* op = "reconstruction_loss";
   const Geometry g = geometry(op, in.clip_dtype, in.shape, in.count);
@@ -392,12 +402,12 @@ void reconstruction_loss(const Reconstruction& in, bool normalize, float* statis
              static_cast<const Pixel*>(in.clip), in.index, g, n, normalize, statistics, sums);
     });
   });
-  launch(op, queue, add_up, 1, kSumThreads, 2 * kSumThreads / kWarp * sizeof(double), sums, static_cast<int>(blocks), loss_sum,
-         count_out);
+  launch(op, queue, add_up, 1, kSumThreads, 2 * kSumThreads / kWarp * sizeof(double), sums, static_cast<int>(blocks),
+         Denominator{divisor}, loss, count_out);
 }
 
-void reconstruction_loss_backward(const float* upstream, const Reconstruction& in, const float* statistics, void* grad,
-                                  const Queue& queue) {
+void reconstruction_loss_backward(const float* upstream, const Reconstruction& in, const float* statistics,
+                                  const int64_t* count, int64_t divisor, void* grad, const Queue& queue) {
   using namespace cuda;
   constexpr const char* op = "reconstruction_loss_backward";
   const Geometry g = geometry(op, in.clip_dtype, in.shape, in.count);
@@ -410,13 +420,13 @@ void reconstruction_loss_backward(const float* upstream, const Reconstruction& i
     const bool done = with_byte_groups(in, grad, [&](auto patch) {
       launch(op, queue, gradient_bytes<patch(), Pred>, byte_blocks(total), kTokensPerBlock * kWarp,
              kTokensPerBlock * ByteToken<patch()>::staged, upstream, pred, static_cast<const uint8_t*>(in.clip), in.index,
-             static_cast<uint32_t>(total), g, statistics, out);
+             static_cast<uint32_t>(total), g, statistics, count, Denominator{divisor}, out);
     });
     if (done) return;
     with_device_pixel(in.clip_dtype, op, [&](auto pixel_type) {
       using Pixel = decltype(pixel_type);
       launch(op, queue, gradient_elements<Pixel, Pred>, total, kThreads, 0, upstream, pred, static_cast<const Pixel*>(in.clip),
-             in.index, g, n, statistics, out);
+             in.index, g, n, statistics, count, Denominator{divisor}, out);
     });
   });
 }

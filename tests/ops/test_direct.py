@@ -182,6 +182,30 @@ def test_arguments_that_need_the_dispatcher(place: int, value: Any) -> None:
     assert it.call(*ARGUMENTS) == "body"
 
 
+@pytest.mark.parametrize("name", backends("reconstruction_loss"))
+def test_recorded_calls_give_the_gradients_of_dispatched_ones(name: str) -> None:
+    """The same values and gradients whichever way is taken, from a graph that does not hold the dispatcher's node."""
+    results = []
+    for mode in (contextlib.nullcontext(), Plain()):
+        leaf = ROWS.clone().requires_grad_()
+        with backend.use_backend(name):
+            with mode:
+                loss = reconstruction_loss(leaf, CLIP, INDEX, patch=8, denominator="paper", decoded=5)
+            (loss * 3).backward()
+        results.append((type(loss.grad_fn).__name__, loss.detach(), leaf.grad))
+    (direct, *ours), (dispatched, *theirs) = results
+    assert direct == "RecordedBackward"
+    assert dispatched != direct
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_a_recorded_call_refuses_a_second_derivative() -> None:
+    leaf = ROWS.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(reconstruction_loss(leaf, CLIP, INDEX, patch=8), leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match="double backward is not supported"):
+        grad.sum().backward()
+
+
 def test_tracers_need_the_dispatcher() -> None:
     it = Watched()
 

@@ -67,10 +67,10 @@ def test_gather_and_scatter(launched: list[object], form: str, order: str) -> No
 def test_reconstruction_loss(launched: list[object], form: str) -> None:
     shape, dtype = FORMATS[form]
     pred, clip, statistics = cuda(2, 8, WIDTH), cuda(*shape, dtype=dtype), ([0.5] * 3, [0.25] * 3)
-    loss, _, kept = reconstruction._body(pred, clip, ids(8), PATCH, TUBELET, True, *statistics, "")
+    loss, count, kept = reconstruction._body(pred, clip, ids(8), PATCH, TUBELET, True, 0, *statistics, "")
     forward = len(launched)
     name = backend.pick("reconstruction_loss")
-    grad = reconstruction._backward_body(loss, pred, clip, ids(8), kept, PATCH, TUBELET, *statistics, name)
+    grad = reconstruction._backward_body(loss, pred, clip, ids(8), kept, count, PATCH, TUBELET, 0, *statistics, name)
     assert 0 < forward < len(launched)
     assert grad.shape == pred.shape
 

@@ -250,11 +250,13 @@ def test_opcheck(name: str) -> None:
         pred, clip, index, options = make(((1, 2, 1), 2, 1, 1), clip_dtype, torch.float32)
         statistics = options.get("mean", [0.0]), options.get("std", [1.0])
         with backend.use_backend(name):
-            arguments = (pred.requires_grad_(), clip, index, options["patch"], options["tubelet"], True, *statistics, "")
-            opcheck(torch.ops.vmae2.reconstruction_loss.default, arguments)
-            kept = torch.ops.vmae2.reconstruction_loss.default(*arguments)[2]
-            arguments = (torch.tensor(2.0), pred.detach(), clip, index, kept, *arguments[3:5], *statistics, name)
-            opcheck(torch.ops.vmae2.reconstruction_loss_backward.default, arguments)
+            for divisor in (0, 7):
+                shape = options["patch"], options["tubelet"]
+                arguments = (pred.requires_grad_(), clip, index, *shape, True, divisor, *statistics)
+                opcheck(torch.ops.vmae2.reconstruction_loss.default, (*arguments, ""))
+                _, count, kept = torch.ops.vmae2.reconstruction_loss.default(*arguments, "")
+                arguments = (torch.tensor(2.0), pred.detach(), clip, index, kept, count, *shape, divisor, *statistics)
+                opcheck(torch.ops.vmae2.reconstruction_loss_backward.default, (*arguments, name))
 
 
 def test_compiles_as_one_graph() -> None:

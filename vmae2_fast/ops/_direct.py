@@ -1,8 +1,8 @@
 """Eager calls of an op without the dispatcher, where the dispatcher has nothing to do.
 
 A call through `torch.library` crosses Python and C++ several times: 0.2 ms with cold caches, as much as some kernels take. In
-plain eager inference, in a backward, and for data that needs no gradient all it does is to call the op's body. `shortcut`
-looks whether that is so and then calls the body itself.
+plain eager inference, in a backward, and for data that needs no gradient all it does is to call the op's body; in plain eager
+training it also records the op's rule for the backward. `shortcut` looks whether that is so and then does just that.
 """
 
 from __future__ import annotations
@@ -39,6 +39,26 @@ _PLAIN = _bits("CPU", "CUDA", "ADInplaceOrView", "AutogradCPU", "AutogradCUDA", 
 _QUIET = _bits("BackendSelect", "ADInplaceOrView")  # what a thread has when nothing is active, in inference mode or not
 
 
+def recorded(
+    body: Callable[..., Any], setup_context: Callable[..., None] | None, backward: Callable[..., Any]
+) -> Callable[..., Any]:
+    """`body` as a function with a gradient, by the rule that `torch.library.register_autograd` takes."""
+
+    class Recorded(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *arguments: Any) -> Any:
+            output = body(*arguments)
+            if setup_context is not None:
+                setup_context(ctx, arguments, output)
+            return output
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:
+            return backward(ctx, *grads)
+
+    return Recorded.apply
+
+
 def _accepted(schema: Any) -> list[tuple[type, ...]] | None:
     """The Python types of each argument, or None if one is of a kind not known here."""
     kinds: list[tuple[type, ...]] = []
@@ -53,13 +73,15 @@ def _accepted(schema: Any) -> list[tuple[type, ...]] | None:
     return kinds
 
 
-def shortcut(overload: Any, body: Callable[..., Any]) -> Callable[..., Any]:
-    """`overload`, with a way past the dispatcher straight to `body` for calls that it would only pass on.
+def shortcut(overload: Any, body: Callable[..., Any], record: Callable[..., Any] | None = None) -> Callable[..., Any]:
+    """`overload`, with a way past the dispatcher for calls that it would only pass on: straight to `body`, or to `record`
+    (`recorded`) where a tensor needs a gradient.
 
     Through the dispatcher go: everything under torch.compile, export, torch.jit, make_fx and other tracers, functorch
     transforms, forward-mode AD, torch-function and torch-dispatch modes (fake tensors, checkpoint policies, FLOP counters);
     tensor subclasses, functional, batched, meta, sparse and quantized tensors, lazily negated views; tensors that need a
-    gradient; arguments it must convert or refuse; and all calls under a profiler, whose trace would otherwise lack the op.
+    gradient where there is no `record`; arguments it must convert or refuse; and all calls under a profiler, whose trace would
+    otherwise lack the op.
     """
     accepted = _accepted(overload._schema)
     if accepted is None:
@@ -67,6 +89,7 @@ def shortcut(overload: Any, body: Callable[..., Any]) -> Callable[..., Any]:
     items = {i: _ITEMS[str(a.real_type)] for i, a in enumerate(overload._schema.arguments) if str(a.real_type) in _ITEMS}
     count = len(accepted)
     known: dict[tuple[type, ...], tuple[int, ...]] = {}  # argument types seen -> places of the tensors
+    with_gradient = overload if record is None else record
 
     def places(types: tuple[type, ...]) -> tuple[int, ...] | None:
         if len(types) != count or not all(kind in allowed for kind, allowed in zip(types, accepted, strict=True)):
@@ -74,32 +97,31 @@ def shortcut(overload: Any, body: Callable[..., Any]) -> Callable[..., Any]:
         known[types] = tuple(i for i, kind in enumerate(types) if kind in _TYPES["Tensor"])
         return known[types]
 
-    def nothing_to_dispatch(arguments: tuple[Any, ...]) -> bool:
+    def way(arguments: tuple[Any, ...]) -> Callable[..., Any]:
         types = tuple(map(type, arguments))
         tensors = known.get(types) or places(types)
         if tensors is None:
-            return False
+            return overload
         for i, kind in items.items():
             for item in arguments[i]:
                 if type(item) is not kind:
-                    return False
+                    return overload
         if (
             _function_modes()
             or profiler._is_profiler_enabled
             or forward_ad._current_level >= 0
             or _active().raw_repr() & ~_QUIET
         ):
-            return False
-        recording = torch.is_grad_enabled()
+            return overload
+        needs_gradient = False
         for i in tensors:
             tensor = arguments[i]
-            if (recording and tensor.requires_grad) or _keys(tensor).raw_repr() & ~_PLAIN:
-                return False
-        return True
+            if _keys(tensor).raw_repr() & ~_PLAIN:
+                return overload
+            needs_gradient |= tensor.requires_grad
+        return with_gradient if needs_gradient and torch.is_grad_enabled() else body
 
     def call(*arguments: Any) -> Any:
-        if not torch.compiler.is_compiling() and nothing_to_dispatch(arguments):
-            return body(*arguments)
-        return overload(*arguments)
+        return overload(*arguments) if torch.compiler.is_compiling() else way(arguments)(*arguments)
 
     return call

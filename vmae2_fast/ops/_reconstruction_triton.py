@@ -25,7 +25,7 @@ from . import _native
 from ._patches_triton import by_channel, clip_strides, corner_of, load_tile, tiles
 from ._triton_launch import Configuration, check_ids, configurations, launch, operand, round_to, to_float32
 from .patches import clip_shape
-from .reconstruction import EPS, _statistics_shape
+from .reconstruction import EPS, _statistics_shape, divided
 
 _EPS = tl.constexpr(EPS)
 MOST_VALUES = 4096  # pixels of a tile of a floating-point clip: 32 a thread of 4 warps
@@ -222,17 +222,18 @@ def loss(
     patch: int,
     tubelet: int,
     normalize: bool,
+    divisor: int,
     mean: Sequence[float],
     std: Sequence[float],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Launches for the forward: (sum of the token losses, number of loss tokens, statistics [B, L, 2, C])."""
+    """Launches for the forward: (loss, number of loss tokens, statistics [B, L, 2, C])."""
     tensors, arguments, constants = _inputs(pred, clip, loss_index, patch, tubelet, mean, std)
     statistics = pred.new_empty(_statistics_shape(clip, loss_index), dtype=torch.float32)
     losses = pred.new_empty(loss_index.shape, dtype=torch.float32)
     loss_sum, count = pred.new_empty((), dtype=torch.float32), loss_index.new_empty((), dtype=torch.int64)
     launch(_loss_kernel, losses.numel(), *tensors, statistics, losses, *arguments, NORMALIZE=normalize, **constants)
     launch(_sum_kernel, 1, losses, tensors[2], loss_sum, count, losses.numel(), BLOCK=SUM_BLOCK, warps=16)
-    return loss_sum, count, statistics
+    return divided(loss_sum, count, divisor), count, statistics
 
 
 def gradient(
@@ -241,14 +242,16 @@ def gradient(
     clip: Tensor,
     loss_index: Tensor,
     statistics: Tensor,
+    count: Tensor,
     patch: int,
     tubelet: int,
+    divisor: int,
     mean: Sequence[float],
     std: Sequence[float],
 ) -> Tensor:
     """Launch for the backward: the gradient of `pred`, in its dtype."""
     tensors, arguments, constants = _inputs(pred, clip, loss_index, patch, tubelet, mean, std)
-    upstream = operand(upstream, (torch.float32,), "reconstruction_loss_backward: upstream")
+    upstream = operand(divided(upstream, count, divisor), (torch.float32,), "reconstruction_loss_backward: upstream")
     statistics = operand(statistics, (torch.float32,), "reconstruction_loss_backward: statistics")
     grad = torch.empty_like(tensors[0])
     programs = loss_index.numel() * constants["TILES"]
@@ -267,9 +270,9 @@ def aot_configurations() -> list[Configuration]:
         kind = "normalised" if normalize else "raw"
         name = f"reconstruction_loss {str(clip.dtype)[6:]} clip, {str(dtype)[6:]} {kind} patch 2x{patch} channels {c}"
         rest = [0.5] * c, [0.25] * c
-        found.extend(configurations(name, loss, pred, clip, index, patch, 2, normalize, *rest))
-        kept = torch.zeros(1, 704, 2, c)
-        found.extend(configurations(name, gradient, torch.zeros(()), pred, clip, index, kept, patch, 2, *rest))
+        found.extend(configurations(name, loss, pred, clip, index, patch, 2, normalize, 1, *rest))
+        kept = torch.zeros(1, 704, 2, c), torch.tensor(704)
+        found.extend(configurations(name, gradient, torch.zeros(()), pred, clip, index, *kept, patch, 2, 1, *rest))
 
     bytes_ = torch.zeros(1, 16, 224, 224, 3, dtype=torch.uint8)
     for patch in (16, 14):

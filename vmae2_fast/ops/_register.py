@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from .. import backend
-from ._direct import shortcut
+from ._direct import recorded, shortcut
 
 LIBRARY = torch.library.Library("vmae2", "FRAGMENT")
 
@@ -43,7 +43,7 @@ def define(
     if backward is None:  # without a rule autograd would go on with a gradient that silently misses a term
         backward, setup_context = functools.partial(_refuse_gradient, name), None
     torch.library.register_autograd(f"vmae2::{name}", backward, setup_context=setup_context, lib=LIBRARY)
-    return shortcut(getattr(torch.ops.vmae2, name).default, body)
+    return shortcut(getattr(torch.ops.vmae2, name).default, body, recorded(body, setup_context, backward))
 
 
 def _refuse_gradient(name: str, *_: Any) -> Any:

@@ -9,8 +9,8 @@ and its loss the mean over K = n*C of (pred - target)^2. The mean over tokens di
 ("code", what the released code does) or by all decoded tokens ("paper", the equation of section 3.2).
 
 Each direction is one pass over clip and prediction. The forward keeps, for each token and channel, the two numbers that
-make a target of a pixel, so that the backward writes 2/K * upstream * (pred - target) straight into the gradient: neither
-a target, nor an error, nor a float32 copy of the prediction exists. That is fewer bytes than a forward that writes the
+make a target of a pixel, so that the backward writes 2/K * upstream/denominator * (pred - target) straight into the gradient:
+neither a target, nor an error, nor a float32 copy of the prediction exists. That is fewer bytes than a forward that writes the
 error and a backward that scales it, and one tensor of the prediction's size less to hold.
 """
 
@@ -76,8 +76,13 @@ def reconstruction_loss_reference(
     std: Sequence[float] = (),
 ) -> tuple[Tensor, Tensor]:
     """The specification, differentiable in `pred`: (sum of the token losses, number of loss tokens)."""
-    loss_sum, count, _ = _forward_reference(pred, clip, loss_index, patch, tubelet, normalize, mean, std)
+    loss_sum, count, _ = _forward_reference(pred, clip, loss_index, patch, tubelet, normalize, 1, mean, std)
     return loss_sum, count
+
+
+def divided(value: Tensor, count: Tensor, divisor: int) -> Tensor:
+    """`value` over `divisor`, or where that is 0 over the tokens that count, at least 1."""
+    return value if divisor == 1 else value / (divisor or count.clamp(min=1))
 
 
 def _forward_reference(
@@ -87,6 +92,7 @@ def _forward_reference(
     patch: int,
     tubelet: int,
     normalize: bool,
+    divisor: int,
     mean: Sequence[float],
     std: Sequence[float],
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -94,7 +100,8 @@ def _forward_reference(
         pixels, unit = _pixels(clip.detach(), loss_index, patch, tubelet, mean, std, _compute_dtype(pred, clip))
         valid = loss_index >= 0
         statistics = torch.where(valid[..., None, None], _centre_and_factor(pixels, unit, normalize), 0)
-    return _error(pred, pixels, statistics, loss_index).square().mean(2).sum(), valid.sum(), statistics
+    loss_sum, count = _error(pred, pixels, statistics, loss_index).square().mean(2).sum(), valid.sum()
+    return divided(loss_sum, count, divisor), count, statistics
 
 
 def _backward_reference(
@@ -103,13 +110,16 @@ def _backward_reference(
     clip: Tensor,
     loss_index: Tensor,
     statistics: Tensor,
+    count: Tensor,
     patch: int,
     tubelet: int,
+    divisor: int,
     mean: Sequence[float],
     std: Sequence[float],
 ) -> Tensor:
     pixels, _ = _pixels(clip, loss_index, patch, tubelet, mean, std, statistics.dtype)
-    return (_error(pred, pixels, statistics, loss_index) * (upstream * (2 / pred.shape[2]))).to(pred.dtype)
+    scale = divided(upstream, count, divisor) * (2 / pred.shape[2])
+    return (_error(pred, pixels, statistics, loss_index) * scale).to(pred.dtype)
 
 
 def _forward_native(
@@ -119,11 +129,12 @@ def _forward_native(
     patch: int,
     tubelet: int,
     normalize: bool,
+    divisor: int,
     mean: Sequence[float],
     std: Sequence[float],
 ) -> tuple[Tensor, Tensor, Tensor]:
     pred, clip = pred.contiguous(), clip.contiguous()
-    loss_sum, count = pred.new_empty((), dtype=torch.float32), loss_index.new_empty((), dtype=torch.int64)
+    loss, count = pred.new_empty((), dtype=torch.float32), loss_index.new_empty((), dtype=torch.int64)
     statistics = pred.new_empty(_statistics_shape(clip, loss_index), dtype=torch.float32)
     scratch = []
     if _native.in_cuda(pred.device):  # what its blocks leave for the last one to add up
@@ -134,12 +145,13 @@ def _forward_native(
         pred.device,
         *_native_inputs(pred, clip, loss_index, patch, tubelet, mean, std),
         normalize,
+        divisor,
         _native.address(statistics, (torch.float32,), "reconstruction_loss: statistics"),
-        _native.address(loss_sum, (torch.float32,), "reconstruction_loss: loss_sum"),
+        _native.address(loss, (torch.float32,), "reconstruction_loss: loss"),
         _native.address(count, (torch.int64,), "reconstruction_loss: count"),
         *scratch,
     )
-    return loss_sum, count, statistics
+    return loss, count, statistics
 
 
 def _backward_native(
@@ -148,8 +160,10 @@ def _backward_native(
     clip: Tensor,
     loss_index: Tensor,
     statistics: Tensor,
+    count: Tensor,
     patch: int,
     tubelet: int,
+    divisor: int,
     mean: Sequence[float],
     std: Sequence[float],
 ) -> Tensor:
@@ -161,6 +175,8 @@ def _backward_native(
         _native.address(upstream, (torch.float32,), "reconstruction_loss_backward: upstream"),
         *_native_inputs(pred, clip, loss_index, patch, tubelet, mean, std),
         _native.address(statistics, (torch.float32,), "reconstruction_loss_backward: statistics"),
+        _native.address(count, (torch.int64,), "reconstruction_loss_backward: count"),
+        divisor,
         _native.address(grad, _native.FLOATS, "reconstruction_loss_backward: grad"),
     )
     return grad
@@ -215,18 +231,19 @@ def _fake(pred: Tensor, clip: Tensor, loss_index: Tensor, *_: Any) -> tuple[Tens
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    pred, clip, loss_index, patch, tubelet, _, mean, std, name = inputs
-    ctx.mark_non_differentiable(output[1], output[2])
+    pred, clip, loss_index, patch, tubelet, _, divisor, mean, std, name = inputs
+    _, count, statistics = output
+    ctx.mark_non_differentiable(count, statistics)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(pred, clip, loss_index, output[2])
-    ctx.arguments = patch, tubelet, mean, std
+    ctx.save_for_backward(pred, clip, loss_index, statistics, count)
+    ctx.arguments = patch, tubelet, divisor, mean, std
     ctx.backend = name or backend.pick("reconstruction_loss", pred.device, pred.dtype, clip.dtype)
 
 
 def _autograd(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Any, ...]:
     if upstream is None:
-        return (None,) * 9
-    return _loss_backward(upstream, *ctx.saved_tensors, *ctx.arguments, ctx.backend), *(None,) * 8
+        return (None,) * 10
+    return _loss_backward(upstream, *ctx.saved_tensors, *ctx.arguments, ctx.backend), *(None,) * 9
 
 
 def _backward_body(upstream: Tensor, pred: Tensor, clip: Tensor, loss_index: Tensor, *arguments: Any) -> Tensor:
@@ -236,15 +253,15 @@ def _backward_body(upstream: Tensor, pred: Tensor, clip: Tensor, loss_index: Ten
 
 _loss = define(
     "reconstruction_loss(Tensor pred, Tensor clip, Tensor loss_index, int patch, int tubelet, bool normalize,"
-    " float[] mean, float[] std, str backend) -> (Tensor, Tensor, Tensor)",
+    " SymInt divisor, float[] mean, float[] std, str backend) -> (Tensor, Tensor, Tensor)",
     _body,
     _fake,
     backward=_autograd,
     setup_context=_setup,
 )
 _loss_backward = define(
-    "reconstruction_loss_backward(Tensor upstream, Tensor pred, Tensor clip, Tensor loss_index, Tensor statistics, int patch,"
-    " int tubelet, float[] mean, float[] std, str backend) -> Tensor",
+    "reconstruction_loss_backward(Tensor upstream, Tensor pred, Tensor clip, Tensor loss_index, Tensor statistics,"
+    " Tensor count, int patch, int tubelet, SymInt divisor, float[] mean, float[] std, str backend) -> Tensor",
     _backward_body,
     lambda upstream, pred, *_: pred.new_empty(pred.shape),
 )
@@ -308,13 +325,11 @@ def reconstruction_loss(
         )
     statistics = _statistics(clip, mean, std, channels, "reconstruction_loss")
     name = backend.argument("reconstruction_loss", device, pred.dtype, clip.dtype)
-    loss_sum, count, _ = _loss(pred, clip, loss_index, patch, tubelet, normalize, *statistics, name)
-    if denominator == "paper":
-        assert decoded is not None
-        count = torch.full_like(count, pred.shape[0] * decoded)
-    if reduction == "sum":
-        return loss_sum, count
-    return loss_sum / count.clamp(min=1)
+    whole = pred.shape[0] * decoded if denominator == "paper" and decoded is not None else 0  # 0: the tokens that count
+    if reduction == "mean":
+        return _loss(pred, clip, loss_index, patch, tubelet, normalize, whole, *statistics, name)[0]
+    loss_sum, count, _ = _loss(pred, clip, loss_index, patch, tubelet, normalize, 1, *statistics, name)
+    return loss_sum, torch.full_like(count, whole) if denominator == "paper" else count
 
 
 def _statistics(
