@@ -52,7 +52,7 @@ def test_a_global_batch_that_cannot_be_cut_names_its_neighbours(clips, tmp_path)
     both = r"global_batch=12 is not divisible by ranks x data.views=5 x 1; take 4 or 6 ranks .* train.global_batch 10 or 15"
     with pytest.raises(ValueError, match=both):
         split_batch(config, 5)
-    with pytest.raises(ValueError, match="train.global_batch=12 is not divisible by ranks x train.micro_batch=2 x 4; .* --train.micro-batch 3 or 6.* 8 or 16"):
+    with pytest.raises(ValueError, match=r"ranks x train.micro_batch=2 x 4; .* --train.micro-batch 3 or 6.* 8 or 16"):
         split_batch(tiny.with_train(config, micro_batch=4), 2)
 
 
