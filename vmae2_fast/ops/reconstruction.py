@@ -235,7 +235,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tens
     _, count, statistics = output
     ctx.mark_non_differentiable(count, statistics)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(pred, clip, loss_index, statistics, count)
+    ctx.save_for_backward(pred, clip, loss_index, statistics, *([] if divisor else [count]))
     ctx.arguments = patch, tubelet, divisor, mean, std
     ctx.backend = name or backend.pick("reconstruction_loss", pred.device, pred.dtype, clip.dtype)
 
@@ -243,7 +243,9 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tens
 def _autograd(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Any, ...]:
     if upstream is None:
         return (None,) * 10
-    return _loss_backward(upstream, *ctx.saved_tensors, *ctx.arguments, ctx.backend), *(None,) * 9
+    pred, clip, loss_index, statistics, *kept = ctx.saved_tensors
+    count = kept[0] if kept else loss_index.new_empty((), dtype=torch.int64)  # nobody looks at it: there is a divisor
+    return _loss_backward(upstream, pred, clip, loss_index, statistics, count, *ctx.arguments, ctx.backend), *(None,) * 9
 
 
 def _backward_body(upstream: Tensor, pred: Tensor, clip: Tensor, loss_index: Tensor, *arguments: Any) -> Tensor:
