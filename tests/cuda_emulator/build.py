@@ -5,6 +5,7 @@ Kept under build/ by the hash of what goes into it, so only the first run after 
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import importlib.util
 import os
@@ -50,10 +51,18 @@ def build(options: tuple[str, ...] = PLAIN) -> Path:
         digest.update(file.read_bytes())
     target = ROOT / "build" / "emulator" / digest.hexdigest()[:16]
     module = target / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
-    if module.exists():
-        return module
-    scratch = target.with_name(f"{target.name}.{os.getpid()}")  # complete or absent: test processes may build at once
-    scratch.mkdir(parents=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with (target.parent / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of several test processes one compiles, on all cores
+        if not module.exists():
+            _compile(command, [*cxx, "-shared", "-pthread", "-fopenmp", *options], inputs, module)
+    return module
+
+
+def _compile(command: list[str], link: list[str], inputs: list[Path], module: Path) -> None:
+    target = module.parent
+    scratch = target.with_name(f"{target.name}.{os.getpid()}")  # a module is complete or absent
+    scratch.mkdir()
     sources = [f for f in inputs if f.suffix in (".cpp", ".cu")]
 
     def compiled(number: int) -> str:
@@ -64,12 +73,11 @@ def build(options: tuple[str, ...] = PLAIN) -> Path:
     try:
         with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
             objects = list(pool.map(compiled, range(len(sources))))
-        _run([*cxx, "-shared", "-pthread", "-fopenmp", *options, *objects, "-o", str(scratch / module.name)])
+        _run([*link, *objects, "-o", str(scratch / module.name)])
         target.mkdir(exist_ok=True)
         (scratch / module.name).replace(module)
     finally:
         shutil.rmtree(scratch)
-    return module
 
 
 def _run(command: list[str]) -> None:
