@@ -1,7 +1,8 @@
 """Compile every Triton configuration the package ships, for devices that need not be there, and read the machine code.
 
-    python -m tests.aot_compile CACHE_DIR ARCH...      # one JSON object a line: name, arch, registers, spills, ...
+    python -m tests.aot_compile CACHE_DIR PATTERN ARCH...   # one JSON object a line: name, arch, registers, spills, ...
 
+PATTERN is a regular expression for the beginning of the names of what is compiled.
 Runs without TRITON_INTERPRET, in a process of its own: which kind a kernel is, is decided when it is defined. A result is
 kept in CACHE_DIR under the hash of all that it depends on.
 """
@@ -111,13 +112,13 @@ def _one(arguments: tuple[str, int, int]) -> dict[str, Any]:
     return {"module": module, **result}
 
 
-def main(folder: str, *archs: str) -> None:
+def main(folder: str, pattern: str, *archs: str) -> None:
     _start()
     work = [
         (folder, position, int(arch))
         for position, (_, configuration) in enumerate(_all)
         for arch in archs
-        if not configuration[-1] or int(arch) in configuration[-1]
+        if re.match(pattern, configuration[0]) and (not configuration[-1] or int(arch) in configuration[-1])
     ]
     with ProcessPoolExecutor(os.cpu_count(), get_context("spawn"), _start) as pool:
         for result in pool.map(_one, work):
