@@ -20,7 +20,7 @@ import os
 import platform
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -94,9 +94,6 @@ def ops() -> list[str]:
 class _Request:
     every: tuple[str, ...] = ()
     one: tuple[tuple[str, tuple[str, ...]], ...] = ()
-    native: set[tuple[Any, ...]] = field(default_factory=set, compare=False)
-    """Inputs for which the native kernels are the first choice, and run: that stays so, and asking takes longer than some
-    kernels do with cold caches."""
 
     def for_op(self, op: str) -> tuple[str, ...]:
         return dict(self.one).get(op, self.every) if self.one else self.every
@@ -175,17 +172,11 @@ def pick(op: str, device: torch.device, *details: Any) -> str:
 
     Raises BackendError if the request leaves nothing.
     """
-    request, key = _request(), (op, device, details)
-    if key in request.native:
-        return "native"
     entry = _OPS[op]
-    wanted = request.for_op(op)
-    order = wanted or entry.preference(device, *details)
-    for n in order:
+    wanted = _request().for_op(op)
+    for n in wanted or entry.preference(device, *details):
         impl = entry.implementations.get(n)
         if impl is not None and impl.why_not(device, *details) is None:
-            if n == "native" and order[0] == n:
-                request.native.add(key)
             return n
     known = entry.implementations
     reasons = "; ".join(
