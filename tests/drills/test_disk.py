@@ -11,6 +11,12 @@ from tests.drills import ranks
 from tests.drills.judge import done, full, same_bits
 from vmae2_fast.train import checkpoint
 
+WRITTEN = """
+if number == 6 and rank == 0:
+    import time
+    while not (run / "checkpoints" / "step-00000004").exists():  # written beside the training
+        time.sleep(0.01)
+"""
 FULL_DISK = """
 if number == 6 and rank == 0:
     with open(out / "filler", "wb", buffering=0) as file:
@@ -44,7 +50,7 @@ def _untouched(run: Path) -> None:
 
 
 def _stops(forks: ranks.Forks, clips: Path, out: Path, happens: str, number: int, why: str) -> None:
-    codes, log = forks.run(clips, out, ranks=number, before=ranks.at_step(happens.strip()))
+    codes, log = forks.run(clips, out, ranks=number, before=ranks.at_step(WRITTEN + happens.strip()))
     assert codes == [1] * number, log  # all of them: no rank waits for the one that writes
     assert log.count(why) >= number, log
 
