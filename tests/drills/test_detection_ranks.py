@@ -21,14 +21,6 @@ from vmae2_fast.train.log import read_metrics
 KINDS = {"ava": "toy_ava", "tad": "toy"}
 
 
-@pytest.fixture(scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 # Drop path is drawn for each rank: without it both ranks together are the one process.
 BEFORE = """
 import dataclasses

@@ -23,13 +23,7 @@ from vmae2_fast.train import loop, train
 from vmae2_fast.train.log import read_metrics
 from vmae2_fast.train.optim import LossScale, Optimizer
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def _stop_after(monkeypatch, step: int, error: BaseException) -> None:

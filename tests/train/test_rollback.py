@@ -6,7 +6,6 @@ import os
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import load_file
 
 from tests import tiny_runs as tiny
@@ -20,12 +19,7 @@ BAD = range(20, 32)
 """Positions whose loss is not a number: steps 6, 7 and 8."""
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Stopped(Exception):

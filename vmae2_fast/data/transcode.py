@@ -149,7 +149,10 @@ def transcode(
 def _claim(out: Path, recoding: Recoding, there: str | None) -> None:
     """Write down what the files of `out` become, of which `there` is one already. Raises ValueError where they differ."""
     path, wanted = out / _RECORD, dataclasses.asdict(recoding)
-    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    try:
+        before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error}); choose another --out") from error
     if there is not None and before is None:
         raise ValueError(f"{out} holds {there}, which transcode did not write; choose another --out")
     if there is not None and before is not None and before != wanted:

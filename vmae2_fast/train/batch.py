@@ -29,9 +29,9 @@ def split_batch(config: RunConfig, ranks: int) -> tuple[int, int]:
 
 def _uncut(config: RunConfig, ranks: int, name: str, unit: int) -> str:
     batch, views, mix = config.train.global_batch, config.data.views, getattr(config, "mix", None)
-    fitting = [n for n in range(1, batch // unit + 1) if batch % (n * unit) == 0]
+    fitting = [n for n in range(1, batch // unit + 1) if batch % (n * unit) == 0]  # 1 at least, which the config checks
     near = [*[n for n in fitting if n < ranks][-1:], *[n for n in fitting if n > ranks][:1]]
-    ways = [f"{' or '.join(map(str, near))} ranks (--gpus, --nodes)"] if near else []
+    ways = [f"{' or '.join(map(str, near))} ranks (--gpus, --nodes)"]
     step = ranks * unit
     batches = [n for n in (batch // step * step, (batch // step + 1) * step) if n]
     whole = batch // views // ranks if batch % (ranks * views) == 0 else 0
