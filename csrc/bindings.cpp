@@ -139,6 +139,28 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         },
         release());
 
+  m.def("residual_norm",
+        [](int64_t batch, int64_t tokens, int64_t columns, uintptr_t x, int x_dtype, uintptr_t branch, int branch_dtype,
+           uintptr_t gamma, uintptr_t drop, uintptr_t weight, uintptr_t bias, float eps, uintptr_t x_new, uintptr_t h, int h_dtype,
+           uintptr_t mean, uintptr_t rstd, int threads) {
+          residual_norm({batch, tokens, columns, at<const void>(x), Dtype(x_dtype), at<const void>(branch), Dtype(branch_dtype),
+                         at<const float>(gamma), at<const float>(drop), at<const float>(weight), at<const float>(bias)},
+                        {eps, at<void>(x_new), at<void>(h), Dtype(h_dtype), at<float>(mean), at<float>(rstd)}, threads);
+        },
+        release());
+  m.def("residual_norm_backward",
+        [](int64_t batch, int64_t tokens, int64_t columns, uintptr_t x, int x_dtype, uintptr_t branch, int branch_dtype,
+           uintptr_t gamma, uintptr_t drop, uintptr_t weight, uintptr_t grad_x, uintptr_t grad_h, int grad_dtype, uintptr_t mean,
+           uintptr_t rstd, uintptr_t dx, uintptr_t dbranch, uintptr_t dgamma, uintptr_t dweight, uintptr_t dbias, int threads) {
+          residual_norm_backward(
+              {batch, tokens, columns, at<const void>(x), Dtype(x_dtype), at<const void>(branch), Dtype(branch_dtype),
+               at<const float>(gamma), at<const float>(drop), at<const float>(weight), nullptr},
+              {at<const void>(grad_x), at<const void>(grad_h), Dtype(grad_dtype), at<const float>(mean), at<const float>(rstd),
+               at<void>(dx), at<void>(dbranch), at<float>(dgamma), at<float>(dweight), at<float>(dbias)},
+              threads);
+        },
+        release());
+
   m.def("adamw",
         [](const std::vector<uintptr_t>& params, const std::vector<uintptr_t>& grads, const std::vector<uintptr_t>& exp_avgs,
            const std::vector<uintptr_t>& exp_avg_sqs, const std::vector<uintptr_t>& steps, const std::vector<uintptr_t>& shadows,

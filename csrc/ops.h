@@ -84,6 +84,35 @@ struct RoiAlign {
 void roi_align_max(const RoiAlign& in, void* pooled, uint8_t* where, int threads);
 void roi_align_max_backward(const RoiAlign& in, const void* grad, const uint8_t* where, void* out, int threads);
 
+// norm.cpp. x, branch, h: [batch, tokens, columns]; gamma, weight, bias: [columns]; drop: [batch]; mean, rstd: [batch, tokens].
+// Without a branch branch, gamma, drop and x_new are null; gamma and drop may be null by themselves. In the backward x is x_new.
+struct ResidualNorm {
+  int64_t batch, tokens, columns;
+  const void* x;
+  Dtype x_dtype;
+  const void* branch;
+  Dtype branch_dtype;
+  const float *gamma, *drop, *weight, *bias;
+};
+struct ResidualNormResults {
+  float eps;
+  void* x_new;  // of x's dtype
+  void* h;
+  Dtype h_dtype;
+  float *mean, *rstd;
+};
+void residual_norm(const ResidualNorm& in, const ResidualNormResults& out, int threads);
+struct ResidualNormGradients {
+  const void* grad_x;  // of x's dtype, or null
+  const void* grad_h;
+  Dtype grad_dtype;
+  const float *mean, *rstd;
+  void* dx;                          // of x's dtype
+  void* dbranch;                     // of the branch's dtype, or null
+  float *dgamma, *dweight, *dbias;  // [columns], each null where it is not wanted; dgamma takes the branch
+};
+void residual_norm_backward(const ResidualNorm& in, const ResidualNormGradients& out, int threads);
+
 // adamw.cpp. One step of AdamW on tensors that share their hyper-parameters; see vmae2_fast/ops/optim.py. `step` is a number, the
 // updates a tensor has had. A shadow, null where there is none, gets the weights as bf16.
 struct AdamWTensor {

@@ -268,6 +268,13 @@ def why_not_native_kernel(device: torch.device, *dtypes: torch.dtype) -> str | N
     return why_not_native(device) or ("native kernels take no float64" if torch.float64 in dtypes else None)
 
 
+def why_not_cpp_kernel(device: torch.device, *dtypes: torch.dtype) -> str | None:
+    """For native kernels in float32, bfloat16 and float16 that there are in C++ only."""
+    if device.type != "cpu":
+        return f"the C++ kernel runs on the cpu, not on {device.type}"
+    return why_not_native_kernel(device, *dtypes)
+
+
 @functools.cache
 def _load_triton() -> str | None:
     """None if triton can be imported, else the reason."""

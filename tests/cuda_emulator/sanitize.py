@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tests.cuda_emulator import build, emulated
 
-SHARED = [f"tests/ops/test_{op}.py" for op in ("masks", "patches", "reconstruction", "resize", "roi_align", "misuse")]
+SHARED = [f"tests/ops/test_{op}.py" for op in ("masks", "patches", "reconstruction", "norm", "resize", "roi_align", "misuse")]
 """Tests of all backends."""
 NATIVE = "native or emulated or not (triton or reference)"
 """Which of these are run: those of a native kernel, and those of no one backend."""

@@ -18,6 +18,7 @@ from tests.support import random_index
 from vmae2_fast import backend
 from vmae2_fast.ops import dual_mask, gather_patches, reconstruction_loss, scatter_patches
 from vmae2_fast.ops.masks import DECODER_KINDS
+from vmae2_fast.ops.norm import residual_norm
 
 _C: Any = backend.native()
 ISAS = [] if _C is None else _C.supported_cpu_isas()
@@ -175,6 +176,45 @@ def test_nothing_is_read_behind_a_buffer(geometry: tuple) -> None:
             _C.set_cpu_isa(isa)
             guarded = results(geometry, at_the_end(clip, keep), [at_the_end(pred, keep)], index)
             assert_same_bits(guarded, results(geometry, clip, [pred], index))
+
+
+def norm_results(tensors: list[Tensor]) -> list[Tensor]:
+    """Stream and norm of (x, branch, gamma, drop, weight, bias), with and without the branch, and all gradients."""
+    x, branch, gamma, drop, weight, bias = (t.requires_grad_(i != 3) for i, t in enumerate(tensors))
+    plain = residual_norm(x, None, None, None, weight, bias, 1e-6)
+    full = residual_norm(x, branch, gamma, drop, weight, bias, 1e-6)
+    out = [plain[1], *full]
+    upstream = [torch.linspace(-1, 1, t.numel()).view(t.shape).to(t.dtype) for t in out]
+    return [*(t.detach() for t in out), *torch.autograd.grad(out, [x, branch, gamma, weight, bias], upstream)]
+
+
+def norm_tensors(shape: tuple[int, int, int], dtype: torch.dtype) -> list[Tensor]:
+    b, _, c = shape
+    sizes = (shape, shape, (c,), (b,), (c,), (c,))
+    return [torch.randn(size).to(dtype if size == shape else torch.float32) for size in sizes]
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("shape", [(2, 300, 100), (1, 3, 33), (2, 2, 7), (1, 1, 1)], ids=str)
+def test_norm_does_not_depend_on_instructions_or_threads(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    tensors, expected = norm_tensors(shape, dtype), None
+    for isa in ISAS:
+        _C.set_cpu_isa(isa)
+        for threads in (1, 2, 7):
+            torch.set_num_threads(threads)
+            got = norm_results(tensors)
+            expected = expected or got
+            assert_same_bits(got, expected)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_norm_reads_nothing_behind_a_buffer(dtype: torch.dtype) -> None:
+    for columns in (7, 16, 33, 48):
+        tensors, keep = norm_tensors((2, 3, columns), dtype), []
+        for isa in ISAS:
+            _C.set_cpu_isa(isa)
+            guarded = norm_results([at_the_end(t.detach(), keep) for t in tensors])
+            assert_same_bits(guarded, norm_results(tensors))
 
 
 def test_an_instruction_set_not_there_is_refused() -> None:

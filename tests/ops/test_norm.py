@@ -70,37 +70,58 @@ def test_norm_qkv_matches_plain_torch(mode, kind, name, shape):
         assert_op_matches(_qkv, _plain_qkv, _qkv_arguments(shape, kind, mode, biased=shape[1] != 16), mode)
 
 
+KERNELS = [n for n in ("native", "triton") if n in backend.available("residual_norm", "cpu")]
+
+
 @pytest.mark.parametrize("shape", [(1, 1, 1), (0, 3, 8), (2, 0, 8), (2, 7, 16), (2, 2, 1408)], ids=str)
-def test_triton_at_the_edges_of_shapes(shape, monkeypatch):
+@pytest.mark.parametrize("name", KERNELS)
+def test_kernels_at_the_edges_of_shapes(name, shape, monkeypatch):
     """No rows, one column, more rows than lines of partial sums, a block that is not full."""
-    monkeypatch.setattr(pytest.importorskip("vmae2_fast.ops._norm_triton"), "PARTS", 4)
-    arguments = leaves(stream(shape, "gamma+drop"))
+    if name == "triton":
+        monkeypatch.setattr("vmae2_fast.ops._norm_triton.PARTS", 4)
+    _assert_kernel_matches(name, shape, torch.float32)
+
+
+@pytest.mark.parametrize(("shape", "dtype"), [((3, 700, 5), torch.float32), ((4, 40, 1408), torch.float16)], ids=str)
+@pytest.mark.skipif("native" not in KERNELS, reason="no native extension")
+def test_native_adds_up_many_rows(shape, dtype):
+    """More rows than sixteen for each of 64 lines of sums, and half-precision rows of ViT-g."""
+    _assert_kernel_matches("native", shape, dtype)
+
+
+def _assert_kernel_matches(name, shape, dtype):
+    """Outputs and all gradients of a kernel in the budget of the reference in the same dtype."""
+    arguments = leaves(stream(shape, "gamma+drop"), dtype)
+    if shape[0] > 3:
+        arguments["drop"] = torch.tensor([1.25, 0.0, 1.25, 1.25], dtype=dtype)
     same, truth = leaves(arguments), leaves(arguments, torch.float64)
-    with backend.use_backend("residual_norm=triton"):
+    with backend.use_backend(f"residual_norm={name}"):
         out = _residual(**arguments)
-    out_same, out_truth = _residual(**same), _residual(**truth)
-    upstream = [torch.randn(shape) for _ in out]
-    grads = [list(gradients(o, a, [g.to(o[0].dtype) for g in upstream]).values())
+    with backend.use_backend("reference"):
+        out_same, out_truth = _residual(**same), _residual(**truth)
+    upstream = [torch.randn(shape).to(dtype) for _ in out]
+    grads = [list(gradients(o, a, upstream).values())
              for o, a in ((out, arguments), (out_same, same), (out_truth, truth))]  # fmt: skip
     for actual, plain, exact in (*zip(out, out_same, out_truth), *zip(*grads)):
         assert_within_budget(actual, plain, exact)
 
 
-def test_triton_takes_expanded_gradients_and_strided_streams():
-    pytest.importorskip("triton")
+@pytest.mark.parametrize("name", KERNELS)
+def test_kernels_take_expanded_gradients_and_strided_streams(name):
     arguments = leaves(stream((2, 5, 8), "gamma"))
     twisted = {**arguments, "x": dict(awkward(arguments["x"].detach()))["strided"].requires_grad_()}
     results = []
-    for name, chosen in (("reference", arguments), ("triton", twisted)):
-        with backend.use_backend(f"residual_norm={name}"):
+    for which, chosen in (("reference", arguments), (name, twisted)):
+        with backend.use_backend(f"residual_norm={which}"):
             x_new, h = _residual(**chosen)
         results.append(torch.autograd.grad(x_new.sum() + h.sum(), [t for t in chosen.values() if t is not None]))
     for ours, expected in zip(*results):
         torch.testing.assert_close(ours, expected)
 
 
-def test_triton_leaves_float64_to_the_reference():
-    with pytest.raises(backend.BackendError, match="take no float64"), backend.use_backend("residual_norm=triton"):
+@pytest.mark.parametrize("name", KERNELS)
+def test_kernels_leave_float64_to_the_reference(name):
+    with pytest.raises(backend.BackendError, match="take no float64"), backend.use_backend(f"residual_norm={name}"):
         _residual(**leaves(stream((2, 3, 8), "none"), torch.float64))
 
 

@@ -178,6 +178,7 @@ class Stream(NamedTuple):
 
 STREAMS = {
     "reference": Stream(stream_forward, stream_backward),
+    "native": Stream(kernel("_norm_native", "forward"), kernel("_norm_native", "backward")),
     "triton": Stream(kernel("_norm_triton", "forward"), kernel("_norm_triton", "backward")),
 }
 
@@ -185,7 +186,7 @@ STREAMS = {
 def register(op: str, run: Callable[..., Any]) -> None:
     """Make the backends of a half-block known: `run` with each backend's `Stream` as its first argument."""
     runs = {name: functools.partial(run, stream) for name, stream in STREAMS.items()}
-    register_backends(op, runs["reference"], triton=runs["triton"])
+    register_backends(op, **runs, why_not_native=backend.why_not_cpp_kernel)
 
 
 def details(x: Tensor, norm_weight: Tensor) -> tuple[Any, ...]:

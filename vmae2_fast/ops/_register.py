@@ -66,12 +66,13 @@ def register_backends(
     *,
     native: Callable[..., Any] | None = None,
     triton: Callable[..., Any] | None = None,
+    why_not_native: backend.WhyNot = backend.why_not_native_kernel,
 ) -> None:
     """Make the implementations of an op known to `backend`: the reference for every device, C++ (CPU) and CUDA kernels
-    behind `native`, Triton kernels behind `triton` (both without float64)."""
+    behind `native`, Triton kernels behind `triton` (both without float64). `why_not_native` where `native` is not both."""
     implementations = {"reference": backend.Implementation(reference)}
     if native is not None:
-        implementations["native"] = backend.Implementation(native, backend.why_not_native_kernel)
+        implementations["native"] = backend.Implementation(native, why_not_native)
     if triton is not None:
         implementations["triton"] = backend.Implementation(triton, backend.why_not_triton)
     cpu = tuple(n for n in ("native", "reference") if n in implementations)

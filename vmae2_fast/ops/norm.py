@@ -19,7 +19,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from .. import backend
 from . import _half_block as hb
-from ._register import check, define, register_backends
+from ._register import check, define
 from ._shadow import cast
 
 
@@ -77,8 +77,8 @@ def _norm_qkv_gradients(
     return *grads, dweight, hb.bias_grad(grad[:, :c], q_bias, needs[4]), hb.bias_grad(grad[:, 2 * c :], v_bias, needs[5])
 
 
-register_backends("residual_norm", hb.STREAMS["reference"].forward, triton=hb.STREAMS["triton"].forward)
-register_backends("residual_norm_backward", hb.STREAMS["reference"].backward, triton=hb.STREAMS["triton"].backward)
+hb.register("residual_norm", lambda stream, *arguments: stream.forward(*arguments))
+hb.register("residual_norm_backward", lambda stream, *arguments: stream.backward(*arguments))
 hb.register("norm_qkv", _norm_qkv_forward)
 hb.register("norm_qkv_backward", _norm_qkv_gradients)
 

@@ -76,11 +76,9 @@ def _native_adamw(
 
 
 def _why_not_native(device: torch.device, *dtypes: torch.dtype) -> str | None:
-    if device.type != "cpu":
-        return f"the C++ kernel runs on the cpu, not on {device.type}"
     if others := {dtype for dtype in dtypes if dtype != torch.float32}:
         return f"the C++ kernel takes float32, not {', '.join(sorted(map(str, others)))}"
-    return backend.why_not_native(device)
+    return backend.why_not_cpp_kernel(device)
 
 
 backend.register_op(

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from .. import backend
 from . import _native
-from ._register import check, check_tensor, define, kernel
+from ._register import check, check_tensor, define, kernel, register_backends
 from ._resize_table import CLIP, WINDOW, View, resolve
 from .yuv import NOT_YUV, Coefficients, Yuv420, coefficients, frame_bytes, rgb_reference
 
@@ -116,19 +116,11 @@ def _resize_native(buffer: Tensor, table: Tensor, out: Tensor, threads: int) -> 
     )
 
 
-def _why_not_native(device: torch.device) -> str | None:
-    return backend.why_not_native(device) or ("the C++ kernel runs on the cpu" if device.type != "cpu" else None)
+register_backends(
+    "resize_crop", resize_crop_reference, native=_resize_native, triton=kernel("_resize_triton", "resize_crop"),
+    why_not_native=backend.why_not_cpp_kernel,
+)  # fmt: skip
 
-
-backend.register_op(
-    "resize_crop",
-    {
-        "reference": backend.Implementation(resize_crop_reference),
-        "native": backend.Implementation(_resize_native, _why_not_native),
-        "triton": backend.Implementation(kernel("_resize_triton", "resize_crop"), backend.why_not_triton),
-    },
-    {"cpu": ("native", "reference"), "cuda": ("triton", "reference"), "*": ("reference",)},
-)
 
 def _body(buffer: Tensor, clips: Tensor, windows: Tensor, out: Tensor, threads: int) -> None:
     table = resolve(buffer, clips, windows, out)

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from .. import backend
 from . import _native
-from ._register import check, define, kernel
+from ._register import check, define, kernel, register_backends
 
 MOST_BINS = 16
 """Bins along an axis: the maximum's place is one byte."""
@@ -141,25 +141,14 @@ def _native_backward(
     return out
 
 
-def _why_not_native(device: torch.device, *dtypes: torch.dtype) -> str | None:
-    if device.type not in ("cpu", "cuda"):
-        return f"no native kernels for {device.type}"
-    return "the C++ kernel runs on the cpu" if device.type == "cuda" else backend.why_not_native_kernel(device, *dtypes)
-
-
 for _op, _reference, _function, _launch in (
     ("roi_align_max", roi_align_max_reference, _native_forward, "forward"),
     ("roi_align_max_backward", roi_align_max_backward_reference, _native_backward, "backward"),
 ):
-    backend.register_op(
-        _op,
-        {
-            "reference": backend.Implementation(_reference),
-            "native": backend.Implementation(_function, _why_not_native),
-            "triton": backend.Implementation(kernel("_roi_align_triton", _launch), backend.why_not_triton),
-        },
-        {"cpu": ("native", "reference"), "cuda": ("triton", "reference"), "*": ("reference",)},
-    )
+    register_backends(
+        _op, _reference, native=_function, triton=kernel("_roi_align_triton", _launch),
+        why_not_native=backend.why_not_cpp_kernel,
+    )  # fmt: skip
 
 
 def _body(features: Tensor, boxes: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,90 @@
+"""Launchers of the C++ kernels behind `residual_norm` and the half-blocks. See norm.py and csrc/cpu/norm.cpp."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import _native
+
+
+def _address(tensor: Tensor | None, name: str, dtypes: tuple[torch.dtype, ...] = _native.FLOATS) -> int:
+    """0 for none."""
+    return 0 if tensor is None else _native.address(tensor, dtypes, f"residual_norm: {name}")
+
+
+def _made(tensor: Tensor | None) -> int:
+    """The address of a result made here, 0 for none."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _floats(tensor: Tensor | None) -> Tensor | None:
+    """A parameter, small beside the rows, as the kernels read it."""
+    return None if tensor is None else tensor.to(torch.float32).contiguous()
+
+
+def forward(
+    x: Tensor,
+    branch: Tensor | None,
+    gamma: Tensor | None,
+    drop: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Arguments and results are those of `_half_block.stream_forward`."""
+    x = x.contiguous()
+    branch = None if branch is None else branch.contiguous()
+    gamma, drop, weight, bias = _floats(gamma), _floats(drop), _floats(weight), _floats(bias)
+    shape, device = x.shape, x.device
+    x_new = torch.empty(0 if branch is None else shape, dtype=x.dtype, device=device)
+    h = torch.empty(shape, dtype=dtype, device=device)
+    mean, rstd = (torch.empty((*shape[:2], 1), dtype=torch.float32, device=device) for _ in range(2))
+    _native.run(
+        "residual_norm", device, *shape,
+        _address(x, "x"), _native.code(x.dtype),
+        _address(branch, "branch"), _native.code((x if branch is None else branch).dtype),
+        _address(gamma, "gamma"), _address(drop, "drop"), _address(weight, "norm weight"), _address(bias, "norm bias"), eps,
+        _made(None if branch is None else x_new), _made(h), _native.code(dtype), _made(mean), _made(rstd),
+    )  # fmt: skip
+    return x_new, h, mean, rstd
+
+
+def backward(
+    grad_x: Tensor | None,
+    grad_h: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    branch: Tensor | None,
+    gamma: Tensor | None,
+    drop: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    branch_dtype: torch.dtype | None,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Arguments and results are those of `_half_block.stream_backward`."""
+    x, grad_h = x.contiguous(), grad_h.contiguous()
+    grad_x = None if grad_x is None else grad_x.to(x.dtype).contiguous()
+    branch = branch.contiguous() if needs[0] and branch is not None else None
+    parameters = gamma, weight, bias
+    gamma, drop, weight = _floats(gamma), _floats(drop), _floats(weight)
+    shape, device = x.shape, x.device
+    dx = torch.empty(shape, dtype=x.dtype, device=device)
+    scaled = gamma is not None or drop is not None
+    dbranch = torch.empty(shape, dtype=branch_dtype, device=device) if scaled else None
+    sums = [torch.empty(shape[2], dtype=torch.float32, device=device) if wanted else None for wanted in needs[:3]]
+    _native.run(
+        "residual_norm_backward", device, *shape,
+        _address(x, "x"), _native.code(x.dtype), _address(branch, "branch"), _native.code(branch_dtype or x.dtype),
+        _address(gamma, "gamma"), _address(drop, "drop"), _address(weight, "norm weight"),
+        _address(grad_x, "grad_x"), _address(grad_h, "grad"), _native.code(grad_h.dtype),
+        _address(mean, "mean", (torch.float32,)), _address(rstd, "rstd", (torch.float32,)),
+        _made(dx), _made(dbranch), *map(_made, sums),
+    )  # fmt: skip
+    dgamma, dweight, dbias = (
+        x.new_empty(0) if total is None or like is None else total.to(like.dtype) for total, like in zip(sums, parameters)
+    )
+    return dx, x.new_empty(0) if dbranch is None else dbranch, dgamma, dweight, dbias
