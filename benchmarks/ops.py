@@ -28,6 +28,8 @@ KEYS = {  # of `vmae2 bench ops`: case, size, direction
     "reconstruction_vit_b": ("reconstruction_loss", "vit_b", "forward_backward"),
     "reconstruction_vit_g": ("reconstruction_loss", "vit_g", "forward_backward"),
     "masks": ("dual_mask", "vit_b", "forward"),
+    "residual_norm_vit_b": ("residual_norm", "vit_b", "forward_backward"),
+    "residual_norm_vit_g": ("residual_norm", "vit_g", "forward_backward"),
     "adamw_vit_b": ("adamw", "vit_b", "forward"),
 }
 COPY_BYTES = 64 << 20

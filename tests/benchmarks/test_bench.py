@@ -79,6 +79,7 @@ def test_bench_ops(capsys: pytest.CaptureFixture[str]) -> None:
     result, table = last_line(capsys)
     keys = {"embed_vit_b", "embed_vit_g", "gather_vit_b", "scatter_vit_b", "masks"}
     keys |= {"reconstruction_vit_b", "reconstruction_vit_g", "adamw_vit_b"}
+    keys |= {"residual_norm_vit_b", "residual_norm_vit_g"}
     for name in ("ratio_vs_plain", "ratio_vs_strong", "gb_per_s", "share_of_copy", "strong", "backend"):
         assert set(result[name]) == keys, name
     for key in keys:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import backend
+from . import _norm_native
 from ._register import check, kernel, register_backends
 from ._shadow import cast
 
@@ -178,7 +179,7 @@ class Stream(NamedTuple):
 
 STREAMS = {
     "reference": Stream(stream_forward, stream_backward),
-    "native": Stream(kernel("_norm_native", "forward"), kernel("_norm_native", "backward")),
+    "native": Stream(_norm_native.forward, _norm_native.backward),
     "triton": Stream(kernel("_norm_triton", "forward"), kernel("_norm_triton", "backward")),
 }
 

@@ -36,16 +36,16 @@ def forward(
     """Arguments and results are those of `_half_block.stream_forward`."""
     x = x.contiguous()
     branch = None if branch is None else branch.contiguous()
-    gamma, drop, weight, bias = _floats(gamma), _floats(drop), _floats(weight), _floats(bias)
+    parameters = [_floats(t) for t in (gamma, drop, weight, bias)]
     shape, device = x.shape, x.device
-    x_new = torch.empty(0 if branch is None else shape, dtype=x.dtype, device=device)
-    h = torch.empty(shape, dtype=dtype, device=device)
+    x_new = x.new_empty(0) if branch is None else torch.empty_like(x)
+    h = torch.empty_like(x, dtype=dtype)
     mean, rstd = (torch.empty((*shape[:2], 1), dtype=torch.float32, device=device) for _ in range(2))
     _native.run(
         "residual_norm", device, *shape,
         _address(x, "x"), _native.code(x.dtype),
         _address(branch, "branch"), _native.code((x if branch is None else branch).dtype),
-        _address(gamma, "gamma"), _address(drop, "drop"), _address(weight, "norm weight"), _address(bias, "norm bias"), eps,
+        *map(_address, parameters, ("gamma", "drop", "norm weight", "norm bias")), eps,
         _made(None if branch is None else x_new), _made(h), _native.code(dtype), _made(mean), _made(rstd),
     )  # fmt: skip
     return x_new, h, mean, rstd
@@ -69,22 +69,22 @@ def backward(
     x, grad_h = x.contiguous(), grad_h.contiguous()
     grad_x = None if grad_x is None else grad_x.to(x.dtype).contiguous()
     branch = branch.contiguous() if needs[0] and branch is not None else None
-    parameters = gamma, weight, bias
-    gamma, drop, weight = _floats(gamma), _floats(drop), _floats(weight)
+    parameters = [_floats(t) for t in (gamma, drop, weight)]
     shape, device = x.shape, x.device
-    dx = torch.empty(shape, dtype=x.dtype, device=device)
+    dx = torch.empty_like(x)
     scaled = gamma is not None or drop is not None
-    dbranch = torch.empty(shape, dtype=branch_dtype, device=device) if scaled else None
+    dbranch = torch.empty_like(x, dtype=branch_dtype) if scaled else None
     sums = [torch.empty(shape[2], dtype=torch.float32, device=device) if wanted else None for wanted in needs[:3]]
     _native.run(
         "residual_norm_backward", device, *shape,
         _address(x, "x"), _native.code(x.dtype), _address(branch, "branch"), _native.code(branch_dtype or x.dtype),
-        _address(gamma, "gamma"), _address(drop, "drop"), _address(weight, "norm weight"),
+        *map(_address, parameters, ("gamma", "drop", "norm weight")),
         _address(grad_x, "grad_x"), _address(grad_h, "grad"), _native.code(grad_h.dtype),
         _address(mean, "mean", (torch.float32,)), _address(rstd, "rstd", (torch.float32,)),
         _made(dx), _made(dbranch), *map(_made, sums),
     )  # fmt: skip
     dgamma, dweight, dbias = (
-        x.new_empty(0) if total is None or like is None else total.to(like.dtype) for total, like in zip(sums, parameters)
+        x.new_empty(0) if total is None or like is None else total.to(like.dtype)
+        for total, like in zip(sums, (gamma, weight, bias))
     )
     return dx, x.new_empty(0) if dbranch is None else dbranch, dgamma, dweight, dbias

@@ -83,10 +83,11 @@ def register_backends(
 def kernel(module: str, function: str) -> Callable[..., Any]:
     """A launcher in `vmae2_fast/ops/<module>.py`, imported at its first call: Triton is no dependency of an import."""
 
-    def run(*args: Any) -> Any:
-        return getattr(importlib.import_module(f".{module}", __package__), function)(*args)
+    @functools.cache
+    def load() -> Callable[..., Any]:
+        return getattr(importlib.import_module(f".{module}", __package__), function)  # type: ignore[no-any-return]
 
-    return run
+    return lambda *args: load()(*args)
 
 
 def check_tensor(value: object, op: str, name: str) -> None:
