@@ -42,39 +42,62 @@ void strided_token(const In* in, const Layout& from, Out* out, const Layout& to,
 }
 
 #ifdef VMAE2_BYTES
+// What picks one channel out of sixteen pixels and normalises it, in registers.
+template <int C>
+struct Channel {
+  Bytes pick[C];
+  int64_t offset[C];
+  Floats scale, shift;
+
+  VMAE2_INLINE Channel(const Gather& job, int c) {
+    for (int i = 0; i < C; ++i) {
+      pick[i] = load_bytes(job.pick[c][i]);
+      offset[i] = job.offset[i];
+    }
+    scale = splat(job.scale[c]);
+    shift = splat(job.shift[c]);
+  }
+  VMAE2_INLINE Floats of(const uint8_t* pixels) const {
+    Bytes channel = shuffle(load_bytes(pixels + offset[0]), pick[0]);
+    for (int i = 1; i < C; ++i) channel = either(channel, shuffle(load_bytes(pixels + offset[i]), pick[i]));
+    return widen(channel) * scale + shift;
+  }
+};
+
 // Bytes with interleaved channels to rows in order (c, t, y, x): sixteen pixels at a time, `C` loads of sixteen bytes and the
 // shuffles that pick a channel's bytes from them (prepared in `Gather`). Channel by channel, though the bytes are then read C
 // times: they are in the nearest cache, and a row written from front to back takes two thirds of the time of C streams into
 // it. The lines of `next`, the token that follows, are fetched one by one in between; all at once they would queue up.
 template <int C, class Out>
 void planar_token(const uint8_t* in, const uint8_t* next, Out* out, const Gather& job) {
-  const Clip& s = job.shape;
-  const int64_t patch = s.patch, plane = patch * patch;
-  const int64_t width = std::min<int64_t>(patch, 16);  // pixels of a step
-  for (int64_t c = 0; c < C; ++c) {
-    Bytes pick[C];
-    for (int i = 0; i < C; ++i) pick[i] = load_bytes(job.pick[c][i]);
-    const Floats scale = splat(job.scale[c]), shift = splat(job.shift[c]);
-    for (int64_t t = 0; t < s.tubelet; ++t, out += plane) {
-      for (int64_t y = 0; y < patch; ++y) {
-        const int64_t line = t * job.from.frame + y * job.from.line;
-        if (y % C == c) {
-          prefetch(next + line);
-          prefetch(next + line + patch * C - 1);
+  const int64_t patch = job.shape.patch, tubelet = job.shape.tubelet, plane = patch * patch, last = patch * C - 1;
+  const int64_t frame = job.from.frame, stride = job.from.line;
+  // A narrow patch writes past its line, into the next ones, which are written later; not past the plane's end.
+  const int64_t whole = plane < 16 ? 0 : std::min(patch, (plane - 16) / patch + 1);
+  for (int c = 0; c < C; ++c) {
+    const Channel<C> channel(job, c);
+    for (int64_t t = 0; t < tubelet; ++t, out += plane) {
+      const uint8_t* line = in + t * frame;
+      const uint8_t* ahead = next + t * frame + (c == 0 ? 0 : last);  // both ends of a line, in two passes
+      if (patch <= 16) {
+        for (int64_t y = 0; y < whole; ++y, line += stride, ahead += stride) {
+          prefetch(ahead);
+          if (C == 1) prefetch(ahead + last);
+          store16(out + y * patch, channel.of(line));
         }
-        // A narrow patch writes past its line, into the next ones, which are written later; not past the plane's end.
-        const bool whole = y * patch + 16 <= plane;
+        for (int64_t y = whole; y < patch; ++y, line += stride, ahead += stride) {
+          prefetch(ahead);
+          if (C == 1) prefetch(ahead + last);
+          store_first(out + y * patch, channel.of(line), patch);
+        }
+        continue;
+      }
+      for (int64_t y = 0; y < patch; ++y, line += stride, ahead += stride) {
+        prefetch(ahead);
+        if (C == 1) prefetch(ahead + last);
         for (int64_t step = 0; step < patch; step += 16) {
-          const int64_t x = std::min(step, patch - width);  // the last step overlaps
-          const uint8_t* from = in + line + x * C;
-          Bytes channel = shuffle(load_bytes(from + job.offset[0]), pick[0]);
-          for (int i = 1; i < C; ++i) channel = either(channel, shuffle(load_bytes(from + job.offset[i]), pick[i]));
-          const Floats row = widen(channel) * scale + shift;
-          if (whole) {
-            store16(out + y * patch + x, row);
-          } else {
-            store_first(out + y * patch + x, row, width);
-          }
+          const int64_t x = std::min(step, patch - 16);  // the last step overlaps
+          store16(out + y * patch + x, channel.of(line + x * C));
         }
       }
     }
