@@ -150,10 +150,13 @@ def test_unknown_names(toy: str, request_: str, message: str) -> None:
 
 def test_environment_variable(toy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VMAE2_BACKEND", "reference")
+    backend.forget_choices()
     assert backend.pick(toy, CPU) == "reference"
     with backend.use_backend("near"):
         assert backend.pick(toy, CPU) == "near"
     monkeypatch.setenv("VMAE2_BACKEND", "nothing")
+    assert backend.pick(toy, CPU) == "reference"  # read once
+    backend.forget_choices()
     with pytest.raises(backend.BackendError, match="unknown backend 'nothing'"):
         backend.pick(toy, CPU)
 

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 
 WhyNot = Callable[..., "str | None"]
+_in_dynamo = torch.compiler.is_dynamo_compiling  # bound once, as in ops/_direct.py
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,9 @@ class OpEntry:
 
 
 _OPS: dict[str, OpEntry] = {}
+# (op, device, details) -> what `pick` chose: with cold caches, between the kernels of a step, choosing anew takes 0.1 ms. Whatever
+# a choice rests on, a change of it puts an empty dictionary in place of this one (`forget_choices`).
+_choices: dict[tuple[Any, ...], str] = {}
 
 
 class BackendError(RuntimeError):
@@ -83,6 +87,7 @@ def register_op(
     assert "*" in order, name
     assert all(n in implementations for names in order.values() for n in names), name
     _OPS[name] = OpEntry(name, implementations, order, because or {}, measured)
+    forget_choices()
 
 
 def ops() -> list[str]:
@@ -131,13 +136,20 @@ _current: _Request | None = None  # set by use_backend; None: read the environme
 _text: str | None = None  # what `_current` was parsed from: dynamo guards on a string, not on an object
 
 
-@functools.lru_cache(maxsize=8)
-def _from_environment(text: str) -> _Request:
-    return _validated(_parse(text))
+@functools.cache
+def _from_environment() -> _Request:
+    return _validated(_parse(os.environ.get("VMAE2_BACKEND", "")))
 
 
 def _request() -> _Request:
-    return _current if _current is not None else _from_environment(os.environ.get("VMAE2_BACKEND", ""))
+    return _current if _current is not None else _from_environment()
+
+
+def forget_choices() -> None:
+    """Have the next call of every op choose its implementation anew, from VMAE2_BACKEND as it is then."""
+    global _choices
+    _from_environment.cache_clear()
+    _choices = {}
 
 
 @contextlib.contextmanager
@@ -146,10 +158,12 @@ def use_backend(request: str) -> Iterator[None]:
     global _current, _text
     before, before_text = _current, _text
     _current, _text = _validated(_parse(request)), request
+    forget_choices()
     try:
         yield
     finally:
         _current, _text = before, before_text
+        forget_choices()
 
 
 def refusals(op: str, device: torch.device | str) -> dict[str, str | None]:
@@ -172,6 +186,14 @@ def pick(op: str, device: torch.device, *details: Any) -> str:
 
     Raises BackendError if the request leaves nothing.
     """
+    key, choices = (op, device, details), _choices  # another thread may change the request meanwhile
+    name = choices.get(key)
+    if name is None:
+        name = choices[key] = _choose(op, device, *details)
+    return name
+
+
+def _choose(op: str, device: torch.device, *details: Any) -> str:
     entry = _OPS[op]
     wanted = _request().for_op(op)
     for n in wanted or entry.preference(device, *details):
@@ -203,7 +225,7 @@ def argument(op: str, device: torch.device, *details: Any) -> str:
     (and of the key of compile caches), traced anew under another request. An exported graph goes to other machines and asks
     when it runs.
     """
-    if torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting():
+    if _in_dynamo() and not torch.compiler.is_exporting():
         return _pick_for_graph(_text, op, device, *details)
     return ""
 

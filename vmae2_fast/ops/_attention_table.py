@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 
+from .. import backend
+
 PATH = Path(__file__).with_name("attention_table.json")
 LENGTHS = (1, 256, 1024, 2048, 4096)
 """Up to how many tokens a range of lengths goes that shares one choice; longer sequences share the last one."""
@@ -72,6 +74,7 @@ def write(measured: list[dict[str, Any]], path: Path | None = None) -> None:
     temporary.write_text(json.dumps({"format": 1, "entries": ordered}, indent=2) + "\n")
     temporary.replace(path)
     _read.cache_clear()
+    backend.forget_choices()
 
 
 def measured_order(

@@ -20,6 +20,8 @@ from torch.autograd import forward_ad, profiler
 # Bound once: a chain of attributes is a chain of cache misses, and this runs between kernels that filled the caches.
 _active, _keys = torch._C._dispatch_tls_local_include_set, torch._C._dispatch_keys
 _function_modes = torch._C._len_torch_function_stack
+# Other compilers than dynamo, and export's tracer, work by dispatch modes.
+_in_dynamo = torch.compiler.is_dynamo_compiling
 
 _NONE = type(None)
 _TYPES: dict[str, tuple[type, ...]] = {
@@ -122,6 +124,6 @@ def shortcut(overload: Any, body: Callable[..., Any], record: Callable[..., Any]
         return with_gradient if needs_gradient and torch.is_grad_enabled() else body
 
     def call(*arguments: Any) -> Any:
-        return overload(*arguments) if torch.compiler.is_compiling() else way(arguments)(*arguments)
+        return overload(*arguments) if _in_dynamo() else way(arguments)(*arguments)
 
     return call

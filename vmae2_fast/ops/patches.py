@@ -73,12 +73,12 @@ def check_clip(clip: Tensor, patch: int, tubelet: int, op: str) -> tuple[int, in
     """(T', H', W', C) of a clip after checking it. Raises ValueError naming `op`, the shape and what would fit,
     TypeError for no tensor."""
     check_tensor(clip, op, "clip")
-    shape = clip.shape
-    if len(shape) != 5 or not (clip.dtype == torch.uint8 or clip.is_floating_point()):
+    shape, of_bytes = clip.shape, clip.dtype == torch.uint8
+    if len(shape) != 5 or not (of_bytes or clip.is_floating_point()):
         raise ValueError(
             f"{op}: clip must be uint8 [B, T, H, W, C] or floating point [B, C, T, H, W], got {clip.dtype} {tuple(shape)}"
         )
-    _, t, h, w, c = shape if clip.dtype == torch.uint8 else (shape[0], *shape[2:], shape[1])
+    _, t, h, w, c = shape if of_bytes else (shape[0], *shape[2:], shape[1])
     if c < 1:
         raise ValueError(f"{op}: clip must have at least one channel, got {clip.dtype} {tuple(shape)}")
     if patch < 1 or tubelet < 1 or t % tubelet or h % patch or w % patch:
@@ -89,9 +89,9 @@ def check_clip(clip: Tensor, patch: int, tubelet: int, op: str) -> tuple[int, in
 def check_index(index: Tensor, batch: int, device: torch.device, op: str, name: str = "index") -> Tensor:
     """`index` as contiguous int32 [B, K]. Raises ValueError for another shape, dtype or device, TypeError for no tensor."""
     check_tensor(index, op, name)
-    dtype = index.dtype
-    if index.ndim != 2 or index.shape[0] != batch or (dtype != torch.int32 and dtype != torch.int64):
-        raise ValueError(f"{op}: {name} must be int32 [B, K] with B = {batch}, got {dtype} {tuple(index.shape)}")
+    dtype, shape = index.dtype, index.shape
+    if len(shape) != 2 or shape[0] != batch or (dtype != torch.int32 and dtype != torch.int64):
+        raise ValueError(f"{op}: {name} must be int32 [B, K] with B = {batch}, got {dtype} {tuple(shape)}")
     if index.device != device:
         raise ValueError(f"{op}: {name} is on {index.device}, the other tensors on {device}")
     if dtype == torch.int64:  # an id beyond int32 must stay outside the grid, not wrap around into it
@@ -174,8 +174,7 @@ def _gather_native(
     dtype: torch.dtype,
     order: str,
 ) -> Tensor:
-    shape = clip_shape(clip)
-    clip = clip.contiguous()
+    shape, clip = clip_shape(clip), clip.contiguous()
     rows = clip.new_empty((*index.shape, shape[4] * tubelet * patch * patch), dtype=dtype)
     _native.run(
         "gather_patches",
@@ -184,7 +183,7 @@ def _gather_native(
         _native.code(clip.dtype),
         *shape, tubelet, patch,
         _native.address(index, (torch.int32,), "gather_patches: index [B, K]"),
-        index.shape[1], list(scale), list(shift), order == "pixel",
+        index.shape[1], scale, shift, order == "pixel",
         _native.address(rows, _native.FLOATS, "gather_patches: rows"),
         _native.code(dtype),
     )  # fmt: skip
