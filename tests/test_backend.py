@@ -40,6 +40,8 @@ def toy() -> Iterator[str]:
     )
     yield "toy"
     del backend._OPS["toy"]
+    backend._from_environment.cache_clear()
+    backend.forget_choices()
 
 
 @pytest.fixture
@@ -150,12 +152,13 @@ def test_unknown_names(toy: str, request_: str, message: str) -> None:
 
 def test_environment_variable(toy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VMAE2_BACKEND", "reference")
-    backend.forget_choices()
+    backend._from_environment.cache_clear()
     assert backend.pick(toy, CPU) == "reference"
     with backend.use_backend("near"):
         assert backend.pick(toy, CPU) == "near"
     monkeypatch.setenv("VMAE2_BACKEND", "nothing")
     assert backend.pick(toy, CPU) == "reference"  # read once
+    backend._from_environment.cache_clear()
     backend.forget_choices()
     with pytest.raises(backend.BackendError, match="unknown backend 'nothing'"):
         backend.pick(toy, CPU)

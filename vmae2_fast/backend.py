@@ -65,8 +65,8 @@ class OpEntry:
 
 
 _OPS: dict[str, OpEntry] = {}
-# (op, device, details) -> what `pick` chose: with cold caches, between the kernels of a step, choosing anew takes 0.1 ms. Whatever
-# a choice rests on, a change of it puts an empty dictionary in place of this one (`forget_choices`).
+# (op, device, details) -> what `pick` chose: with cold caches, between the kernels of a step, choosing anew takes 0.1 ms.
+# Whatever a choice rests on, a change of it puts an empty dictionary in place of this one (`forget_choices`).
 _choices: dict[tuple[Any, ...], str] = {}
 
 
@@ -146,9 +146,8 @@ def _request() -> _Request:
 
 
 def forget_choices() -> None:
-    """Have the next call of every op choose its implementation anew, from VMAE2_BACKEND as it is then."""
+    """Have the next call of every op choose its implementation anew."""
     global _choices
-    _from_environment.cache_clear()
     _choices = {}
 
 

@@ -58,7 +58,8 @@ def recorded(
         def backward(ctx: Any, *grads: Any) -> Any:
             return backward(ctx, *grads)
 
-    return Recorded.apply
+    # Without what Function.apply does for functorch, of which `shortcut` knows that it is not there.
+    return super(torch.autograd.Function, Recorded).apply  # type: ignore[misc]
 
 
 def _accepted(schema: Any) -> list[tuple[type, ...]] | None:

@@ -55,17 +55,20 @@ def check_stream(
     op: str, x: Tensor, branch: Tensor | None, gamma: Tensor | None, drop: Tensor | None, weight: Tensor, bias: Tensor
 ) -> None:
     """Argument check shared by the half-blocks."""
-    check(x.ndim == 3 and x.is_floating_point(), f"{op}: x must be a floating-point [B, N, C], got {x.dtype} {tuple(x.shape)}")
-    c = x.shape[2]
+    # Every block of a model comes by here twice a step: a message is made only for an error.
+    shape = x.shape
+    if len(shape) != 3 or not x.is_floating_point():
+        raise ValueError(f"{op}: x must be a floating-point [B, N, C], got {x.dtype} {tuple(shape)}")
+    c = shape[2]
     for name, tensor in (("norm weight", weight), ("norm bias", bias), ("gamma", gamma)):
-        if tensor is not None:
-            check(tensor.shape == (c,), f"{op}: {name} must be [C] = [{c}], got {tuple(tensor.shape)}")
+        if tensor is not None and tensor.shape != (c,):
+            raise ValueError(f"{op}: {name} must be [C] = [{c}], got {tuple(tensor.shape)}")
     if branch is None:
         check(gamma is None and drop is None, f"{op}: gamma and drop scale a branch, but branch is None")
-    else:
-        check(branch.shape == x.shape, f"{op}: branch must have x's shape {tuple(x.shape)}, got {tuple(branch.shape)}")
-    if drop is not None:
-        check(drop.shape == x.shape[:1], f"{op}: drop must be [B] = [{x.shape[0]}], got {tuple(drop.shape)}")
+    elif branch.shape != shape:
+        raise ValueError(f"{op}: branch must have x's shape {tuple(shape)}, got {tuple(branch.shape)}")
+    if drop is not None and drop.shape != shape[:1]:
+        raise ValueError(f"{op}: drop must be [B] = [{shape[0]}], got {tuple(drop.shape)}")
 
 
 def check_linear(op: str, name: str, weight: Tensor, bias: Tensor | None, columns: int, rows: int | None = None) -> None:
