@@ -438,7 +438,9 @@ def residual_norm(x: Batch, compiled: Callable) -> Case:
     """Residual add and LayerNorm between two half-blocks of the encoder, the stream in the dtype of the branch."""
     stream, form = x.stream[0], compiled(plain.residual_norm)
     moved = stream.numel() * stream.dtype.itemsize
-    strong: dict[str, Call] = {"compiled": lambda b: form(*b.stream)[1], "eager": lambda b: plain.residual_norm(*b.stream)[1]}
+    strong: dict[str, Call] = {
+        "compiled": lambda b: form(*b.stream)[1], "eager": lambda b: plain.residual_norm(*b.stream)[1],
+    }  # fmt: skip
     if x.device.type == "cuda" and importlib.util.find_spec("fused_layer_norm_cuda"):
         strong["apex"] = lambda b: apex_residual_norm(*b.stream)
     return Case(
