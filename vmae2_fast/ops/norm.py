@@ -220,9 +220,9 @@ def residual_norm(
 
     float64 has the reference only. Raises ValueError on shapes that do not fit.
 
-    Floor: x and branch read, x_new and the norm written, 16 B a value in float32; backward the norm's gradient and x_new read and
-    x's gradient written, 12 B; 4 more each for a gradient of x_new, for the branch's own gradient (with gamma or drop) and for
-    the branch (with gamma). Some ten FLOPs a value each way: bound by memory.
+    Floor: x and branch read, x_new and the norm written, 16 B a value in float32; backward the norm's gradient and x_new read
+    and x's gradient written, 12 B; 4 more each for a gradient of x_new, for the branch's own gradient (with gamma or drop) and
+    for the branch (with gamma). Some ten FLOPs a value each way: bound by memory.
     """
     hb.check_stream("residual_norm", x, branch, gamma, drop, weight, bias)
     dtype, name = hb.compute_dtype(x.device, x.dtype), backend.argument("residual_norm", *hb.details(x, weight))
