@@ -59,7 +59,7 @@ def recorded(
             return backward(ctx, *grads)
 
     # Without what Function.apply does for functorch, of which `shortcut` knows that it is not there.
-    return super(torch.autograd.Function, Recorded).apply  # type: ignore[misc]
+    return super(torch.autograd.Function, Recorded).apply
 
 
 def _accepted(schema: Any) -> list[tuple[type, ...]] | None:

@@ -85,7 +85,7 @@ def kernel(module: str, function: str) -> Callable[..., Any]:
 
     @functools.cache
     def load() -> Callable[..., Any]:
-        return getattr(importlib.import_module(f".{module}", __package__), function)  # type: ignore[no-any-return]
+        return getattr(importlib.import_module(f".{module}", __package__), function)
 
     return lambda *args: load()(*args)
 
