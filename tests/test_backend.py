@@ -40,6 +40,7 @@ def toy() -> Iterator[str]:
     )
     yield "toy"
     del backend._OPS["toy"]
+    backend._environment_text.cache_clear()
     backend._from_environment.cache_clear()
     backend.forget_choices()
 
@@ -152,16 +153,44 @@ def test_unknown_names(toy: str, request_: str, message: str) -> None:
 
 def test_environment_variable(toy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VMAE2_BACKEND", "reference")
+    backend._environment_text.cache_clear()
     backend._from_environment.cache_clear()
     assert backend.pick(toy, CPU) == "reference"
     with backend.use_backend("near"):
         assert backend.pick(toy, CPU) == "near"
     monkeypatch.setenv("VMAE2_BACKEND", "nothing")
     assert backend.pick(toy, CPU) == "reference"  # read once
+    backend._environment_text.cache_clear()
     backend._from_environment.cache_clear()
     backend.forget_choices()
     with pytest.raises(backend.BackendError, match="unknown backend 'nothing'"):
         backend.pick(toy, CPU)
+
+
+def test_choices_are_remembered_unless_they_rest_on_a_switch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.use_deterministic_algorithms takes effect on the next call, also with a choice made before."""
+    flag: list[str] = []
+    asked: list[str] = []
+
+    def why_not(device: torch.device) -> str | None:
+        asked.append("")
+        return flag[0] if flag else None
+
+    monkeypatch.setattr(backend, "_OPS", dict(backend._OPS))
+    for name, remember in (("kept", True), ("asked", False)):
+        implementations = {"near": backend.Implementation(str, why_not), "reference": backend.Implementation(str)}
+        backend.register_op(name, implementations, {"*": ("near", "reference")}, remember=remember)
+    try:
+        assert [backend.pick(name, CPU) for name in ("kept", "kept", "asked", "asked")] == ["near"] * 4
+        assert len(asked) == 3
+        flag.append("deterministic algorithms are wanted")
+        assert [backend.pick(name, CPU) for name in ("kept", "asked")] == ["near", "reference"]
+        backend.forget_choices()
+        assert backend.pick("kept", CPU) == "reference"
+    finally:
+        backend.forget_choices()
+    assert not backend._OPS["attention"].remember
+    assert not backend._OPS["attention_backward"].remember
 
 
 def test_request_reaches_other_threads(toy: str) -> None:

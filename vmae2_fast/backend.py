@@ -48,6 +48,7 @@ class OpEntry:
     order: dict[str, tuple[str, ...]]  # device type -> preference; "*" is any other device
     because: dict[str, str | Callable[[], str]]  # device type -> what the order rests on
     measured: Callable[..., tuple[str, ...] | None]  # (device, *details) -> the order measured for such an input, if any
+    remember: bool  # whether a choice for an input of these details stands until the request changes
 
     def preference(self, device: torch.device, *details: Any) -> Sequence[str]:
         """All names that run without a request, the first choice first."""
@@ -66,7 +67,7 @@ class OpEntry:
 
 _OPS: dict[str, OpEntry] = {}
 # (op, device, details) -> what `pick` chose: with cold caches, between the kernels of a step, choosing anew takes 0.1 ms.
-# Whatever a choice rests on, a change of it puts an empty dictionary in place of this one (`forget_choices`).
+# A change of what a choice rests on puts an empty dictionary in place of this one (`forget_choices`).
 _choices: dict[tuple[Any, ...], str] = {}
 
 
@@ -80,13 +81,15 @@ def register_op(
     order: dict[str, tuple[str, ...]],
     because: dict[str, str | Callable[[], str]] | None = None,
     measured: Callable[..., tuple[str, ...] | None] = lambda device, *details: None,
+    remember: bool = True,
 ) -> None:
     """Make an op known. `order["*"]` must name an implementation that runs on every device; `because` says, for the report
     of `vmae2 env`, what the order on a device type rests on. `measured(device, *details)` gives names that come before the
-    order for such an input, or None."""
+    order for such an input, or None. `remember=False` where a `why_not` asks for what may change at any time, such as
+    torch's switches."""
     assert "*" in order, name
     assert all(n in implementations for names in order.values() for n in names), name
-    _OPS[name] = OpEntry(name, implementations, order, because or {}, measured)
+    _OPS[name] = OpEntry(name, implementations, order, because or {}, measured, remember)
     forget_choices()
 
 
@@ -137,8 +140,13 @@ _text: str | None = None  # what `_current` was parsed from: dynamo guards on a 
 
 
 @functools.cache
+def _environment_text() -> str:
+    return os.environ.get("VMAE2_BACKEND", "")
+
+
+@functools.cache
 def _from_environment() -> _Request:
-    return _validated(_parse(os.environ.get("VMAE2_BACKEND", "")))
+    return _validated(_parse(_environment_text()))
 
 
 def _request() -> _Request:
@@ -188,7 +196,9 @@ def pick(op: str, device: torch.device, *details: Any) -> str:
     key, choices = (op, device, details), _choices  # another thread may change the request meanwhile
     name = choices.get(key)
     if name is None:
-        name = choices[key] = _choose(op, device, *details)
+        name = _choose(op, device, *details)
+        if _OPS[op].remember:
+            choices[key] = name
     return name
 
 
@@ -348,7 +358,7 @@ def environment() -> dict[str, Any]:
         "packages": packages,
         "native": None if extension is None else extension.build_info(),
         "devices": devices,
-        "request": os.environ.get("VMAE2_BACKEND", ""),
+        "request": _environment_text(),
         "ops": {
             op: {
                 kind: {

@@ -166,7 +166,8 @@ void meet_row(const float* x, const float* grad, const float* weight, float mean
     meet_lanes<SUMS>(load16(x + i + 16), load16(grad + i + 16), load16(weight + i + 16), mean, rstd, dweight + i + 16,
                      dbias + i + 16, levels.odd, slopes.odd);
   }
-  for (; i < n; i += 16) {  // lines of sums end with a whole vector; zeros behind a row of gradients add nothing
+  // Lines of sums end with a whole vector. Zeros behind a row of gradients add nothing, unless mean * rstd is infinite.
+  for (; i < n; i += 16) {
     const int64_t left = std::min<int64_t>(16, n - i);
     meet_lanes<SUMS>(load_first(x + i, left), load_first(grad + i, left), load_first(weight + i, left), mean, rstd, dweight + i,
                      dbias + i, levels.even, slopes.even);

@@ -78,7 +78,8 @@ void planar_token(const uint8_t* in, const uint8_t* next, Out* out, const Gather
     const Channel<C> channel(job, c);
     for (int64_t t = 0; t < tubelet; ++t, out += plane) {
       const uint8_t* line = in + t * frame;
-      const uint8_t* ahead = next + t * frame + (c == 0 ? 0 : last);  // both ends of a line, in two passes
+      // Both ends of a line, in two passes; what a third asks for is there already.
+      const uint8_t* ahead = next + t * frame + (c == 0 ? 0 : last);
       if (patch <= 16) {
         for (int64_t y = 0; y < whole; ++y, line += stride, ahead += stride) {
           prefetch(ahead);

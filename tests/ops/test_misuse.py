@@ -124,6 +124,14 @@ ELSEWHERE = INDEX.to("meta")
         ),
         (lambda: decoder_tokens(leaf(2, 3, 8), leaf(1, 1, 8), leaf(9, 8), INDEX, ELSEWHERE), "decode_index is on meta"),
         (
+            lambda: residual_norm(leaf(2, 3, 8), None, None, None, NORM[0].to("meta"), *NORM[1:]),
+            "residual_norm: norm weight is torch.float32 on meta; it must be real and on cpu",
+        ),
+        (
+            lambda: norm_qkv(leaf(2, 3, 8), leaf(2, 3, 8).to("meta"), None, None, *NORM, leaf(24, 8), None, None),
+            "norm_qkv: branch is torch.float32 on meta",
+        ),
+        (
             lambda: dual_mask(torch.arange(2), torch.arange(2, device="meta"), grid=(4, 4, 4), seed=0),
             "position is on cpu, view on meta",
         ),

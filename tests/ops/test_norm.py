@@ -106,6 +106,55 @@ def _assert_kernel_matches(name, shape, dtype):
         assert_within_budget(actual, plain, exact)
 
 
+@pytest.mark.parametrize("frozen", [("norm_weight",), ("norm_bias",), ("gamma",), ("norm_weight", "norm_bias")], ids=str)
+@pytest.mark.parametrize("name", KERNELS)
+def test_frozen_parameters_change_no_other_gradient(name, frozen):
+    arguments = stream((2, 5, 24), "gamma+drop")
+    found = []
+    for keep in ((), frozen):
+        made = leaves(arguments)
+        for parameter in keep:
+            made[parameter].requires_grad_(False)
+        with backend.use_backend(f"residual_norm={name}"):
+            out = _residual(**made)
+        found.append(gradients(out, made, [torch.linspace(-1, 1, t.numel()).view(t.shape) for t in out]))
+    assert set(found[1]) == set(found[0]) - set(frozen)
+    for parameter, gradient in found[1].items():
+        torch.testing.assert_close(gradient, found[0][parameter], msg=f"{parameter}: {{}}".format)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["reference", *KERNELS])
+def test_the_norm_sees_the_stream_as_it_is_stored(name, dtype):
+    """And not the sum before it was rounded: a backward that computes the norm again would see another one."""
+    x, branch = torch.randn(2, 5, 33).to(dtype), torch.randn(2, 5, 33).to(dtype)
+    weight, bias = torch.randn(33), torch.randn(33)
+    with backend.use_backend(f"residual_norm={name}"):
+        x_new, h = residual_norm(x, branch, None, None, weight, bias, EPS)
+        assert torch.equal(h, residual_norm(x_new, None, None, None, weight, bias, EPS)[1])
+
+
+def test_dtypes_no_kernel_takes_run_on_the_reference():
+    """A branch, or the weights behind the norm, may be float64 where the stream is not."""
+    x, branch, norm = torch.randn(2, 3, 8), torch.randn(2, 3, 8, dtype=torch.float64), (torch.ones(8), torch.zeros(8))
+    h = residual_norm(x, branch, None, None, *norm, EPS)[1]
+    torch.testing.assert_close(h, F.layer_norm((x + branch).float(), (8,), *norm, EPS))
+    qkv = norm_qkv(x, None, None, None, *norm, EPS, torch.eye(8, dtype=torch.float64).repeat(3, 1), None, None)[1]
+    torch.testing.assert_close(qkv[..., :8], F.layer_norm(x, (8,), *norm, EPS).double())
+    if "native" in KERNELS:
+        with pytest.raises(backend.BackendError, match=r"not torch\.float64"), backend.use_backend("residual_norm=native"):
+            residual_norm(x, branch, None, None, *norm, EPS)
+
+
+@pytest.mark.skipif("native" not in KERNELS, reason="no native extension")
+@pytest.mark.parametrize(("place", "name"), [(1, "branch"), (2, "gamma"), (3, "drop"), (4, "norm weight"), (5, "norm bias")])
+def test_shapes_are_looked_at_behind_the_public_function_too(place, name):
+    arguments = [torch.randn(2, 3, 8), torch.randn(2, 3, 8), torch.ones(8), torch.ones(2), torch.ones(8), torch.zeros(8)]
+    arguments[place] = arguments[place][:1]
+    with pytest.raises(ValueError, match=rf"residual_norm: {name} must be \["):
+        torch.ops.vmae2.residual_norm(*arguments, EPS, torch.float32, "native")
+
+
 @pytest.mark.parametrize("name", KERNELS)
 def test_kernels_take_expanded_gradients_and_strided_streams(name):
     arguments = leaves(stream((2, 5, 8), "gamma"))
@@ -121,7 +170,7 @@ def test_kernels_take_expanded_gradients_and_strided_streams(name):
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_kernels_leave_float64_to_the_reference(name):
-    with pytest.raises(backend.BackendError, match="take no float64"), backend.use_backend(f"residual_norm={name}"):
+    with pytest.raises(backend.BackendError, match="float64"), backend.use_backend(f"residual_norm={name}"):
         _residual(**leaves(stream((2, 3, 8), "none"), torch.float64))
 
 

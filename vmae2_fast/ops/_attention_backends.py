@@ -101,4 +101,5 @@ def register() -> None:
                 "cuda": table.explanation,
             },
             measured=table.measured_order,
+            remember=False,  # libraries are refused by switches that torch.use_deterministic_algorithms and others set
         )

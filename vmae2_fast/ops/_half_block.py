@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import backend
-from . import _norm_native
+from . import _native, _norm_native
 from ._register import check, kernel, register_backends
 from ._shadow import cast
 
@@ -56,13 +56,18 @@ def check_stream(
 ) -> None:
     """Argument check shared by the half-blocks."""
     # Every block of a model comes by here twice a step: a message is made only for an error.
-    shape = x.shape
+    shape, device = x.shape, x.device
     if len(shape) != 3 or not x.is_floating_point():
         raise ValueError(f"{op}: x must be a floating-point [B, N, C], got {x.dtype} {tuple(shape)}")
     c = shape[2]
     for name, tensor in (("norm weight", weight), ("norm bias", bias), ("gamma", gamma)):
         if tensor is not None and tensor.shape != (c,):
             raise ValueError(f"{op}: {name} must be [C] = [{c}], got {tuple(tensor.shape)}")
+    for name, tensor in (
+        ("norm weight", weight), ("norm bias", bias), ("gamma", gamma), ("drop", drop), ("branch", branch),
+    ):  # fmt: skip
+        if tensor is not None and (tensor.device != device or tensor.is_complex()):
+            raise ValueError(f"{op}: {name} is {tensor.dtype} on {tensor.device}; it must be real and on {device}, like x")
     if branch is None:
         check(gamma is None and drop is None, f"{op}: gamma and drop scale a branch, but branch is None")
     elif branch.shape != shape:
@@ -187,23 +192,29 @@ STREAMS = {
 }
 
 
+def _why_not_native(device: torch.device, *dtypes: torch.dtype) -> str | None:
+    if others := set(dtypes) - set(_native.FLOATS):
+        return f"the C++ kernel takes float32, bfloat16 and float16, not {', '.join(sorted(map(str, others)))}"
+    return backend.why_not_cpp_kernel(device)
+
+
 def register(op: str, run: Callable[..., Any]) -> None:
     """Make the backends of a half-block known: `run` with each backend's `Stream` as its first argument."""
     runs = {name: functools.partial(run, stream) for name, stream in STREAMS.items()}
-    register_backends(op, **runs, why_not_native=backend.why_not_cpp_kernel)
+    register_backends(op, **runs, why_not_native=_why_not_native)
 
 
-def details(x: Tensor, norm_weight: Tensor) -> tuple[Any, ...]:
-    """What `backend.pick` and `backend.argument` are told of a half-block's input."""
-    return x.device, x.dtype, norm_weight.dtype
+def details(x: Tensor, branch: Tensor | None, norm_weight: Tensor, dtype: torch.dtype) -> tuple[Any, ...]:
+    """What `backend.pick` and `backend.argument` are told of a half-block's input and of the dtype it computes in."""
+    return x.device, x.dtype, x.dtype if branch is None else branch.dtype, norm_weight.dtype, dtype
 
 
 def body(op: str) -> Callable[..., Any]:
-    """The opaque body of a half-block, whose arguments begin with those of `STREAM` and end with the backend."""
+    """The opaque body of a half-block: its arguments begin with those of `STREAM` and end with the dtype and the backend."""
 
     def run(*args: Any) -> Any:
         *given, name = args
-        return backend.run(op, name or backend.pick(op, *details(given[0], given[4])), *given)
+        return backend.run(op, name or backend.pick(op, *details(given[0], given[1], given[4], given[-1])), *given)
 
     return opaque(run)
 
@@ -242,14 +253,14 @@ def fake_stream_backward(
 
 
 def save_stream(ctx: Any, op: str, inputs: tuple[Any, ...], output: tuple[Tensor, ...], *more: Tensor | None) -> None:
-    """setup_context of a half-block with inputs (x, branch, gamma, drop, norm weight, norm bias, ..., backend) and output
-    (x_new, result, mean, rstd, ...). `more` is saved behind the stream's own eight tensors."""
+    """setup_context of a half-block with inputs (x, branch, gamma, drop, norm weight, norm bias, ..., dtype, backend) and
+    output (x_new, result, mean, rstd, ...). `more` is saved behind the stream's own eight tensors."""
     x, branch, gamma, drop, weight, bias = inputs[:6]
     x_new, _, mean, rstd = output[:4]
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[2:], *([x_new] if branch is None else []))
     ctx.branch_dtype = None if branch is None else branch.dtype
-    ctx.backend = inputs[-1] or backend.pick(op, *details(x, weight))
+    ctx.backend = inputs[-1] or backend.pick(op, *details(x, branch, weight, inputs[-2]))
     ctx.save_for_backward(
         x if branch is None else x_new, mean, rstd, branch if gamma is not None else None, gamma, drop, weight, bias, *more
     )

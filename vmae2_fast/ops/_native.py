@@ -45,7 +45,9 @@ def run(op: str, device: torch.device, *arguments: Any) -> None:
 
 
 def code(dtype: torch.dtype) -> int:
-    """The extension's number for `dtype`."""
+    """The extension's number for `dtype`. Raises TypeError for one that no native kernel takes."""
+    if dtype not in DTYPE_CODES:
+        raise TypeError(f"native kernels take no {dtype}")
     return DTYPE_CODES[dtype]
 
 

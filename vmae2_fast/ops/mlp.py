@@ -210,6 +210,6 @@ def norm_mlp(
     dtype = hb.compute_dtype(x.device, fc1_weight.dtype)
     x_new, out, _, _, _ = _norm_mlp(
         x, branch, gamma, drop, norm_weight, norm_bias, eps, fc1_weight, fc1_bias, fc2_weight, fc2_bias, dtype,
-        backend.argument("norm_mlp", *hb.details(x, norm_weight)),
+        backend.argument("norm_mlp", *hb.details(x, branch, norm_weight, dtype)),
     )  # fmt: skip
     return x if branch is None else x_new, out

@@ -225,7 +225,8 @@ def residual_norm(
     for the branch (with gamma). Some ten FLOPs a value each way: bound by memory.
     """
     hb.check_stream("residual_norm", x, branch, gamma, drop, weight, bias)
-    dtype, name = hb.compute_dtype(x.device, x.dtype), backend.argument("residual_norm", *hb.details(x, weight))
+    dtype = hb.compute_dtype(x.device, x.dtype)
+    name = backend.argument("residual_norm", *hb.details(x, branch, weight, dtype))
     x_new, h, _, _ = _residual_norm(x, branch, gamma, drop, weight, bias, eps, dtype, name)
     return x if branch is None else x_new, h
 
@@ -263,7 +264,7 @@ def norm_qkv(
         if bias is not None:
             check(bias.shape == (c,), f"norm_qkv: {name} must be [C] = [{c}], got {tuple(bias.shape)}")
     dtype = hb.compute_dtype(x.device, qkv_weight.dtype)
-    name = backend.argument("norm_qkv", *hb.details(x, norm_weight))
+    name = backend.argument("norm_qkv", *hb.details(x, branch, norm_weight, dtype))
     x_new, qkv, _, _ = _norm_qkv(
         x, branch, gamma, drop, norm_weight, norm_bias, eps, qkv_weight, q_bias, v_bias, dtype, name
     )
