@@ -47,7 +47,9 @@ def _alone(kind: str, root: Path, out: Path, **changes: object) -> dict:
     return train(scope["config"])
 
 
-@pytest.mark.parametrize(("kind", "mode"), [("ava", "ddp"), ("tad", "ddp"), pytest.param("ava", "fsdp", marks=full)])
+@pytest.mark.parametrize(
+    ("kind", "mode"), [("ava", "ddp"), pytest.param("tad", "ddp", marks=full), pytest.param("ava", "fsdp", marks=full)]
+)
 def test_two_ranks_learn_and_score_as_one(kind, mode, forks, tmp_path, one_thread):
     root = tmp_path / "data"
     if kind == "ava":
