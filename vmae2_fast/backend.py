@@ -303,7 +303,9 @@ def why_not_cpp_kernel(device: torch.device, *dtypes: torch.dtype) -> str | None
     """For native kernels in float32, bfloat16 and float16 that there are in C++ only."""
     if device.type != "cpu":
         return f"the C++ kernel runs on the cpu, not on {device.type}"
-    return why_not_native_kernel(device, *dtypes)
+    if others := set(dtypes) - {torch.float32, torch.bfloat16, torch.float16}:
+        return f"the C++ kernel takes float32, bfloat16 and float16, not {', '.join(sorted(map(str, others)))}"
+    return why_not_native(device)
 
 
 @functools.cache

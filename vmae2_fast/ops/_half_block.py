@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import backend
-from . import _native, _norm_native
+from . import _norm_native
 from ._register import check, kernel, register_backends
 from ._shadow import cast
 
@@ -192,16 +192,10 @@ STREAMS = {
 }
 
 
-def _why_not_native(device: torch.device, *dtypes: torch.dtype) -> str | None:
-    if others := set(dtypes) - set(_native.FLOATS):
-        return f"the C++ kernel takes float32, bfloat16 and float16, not {', '.join(sorted(map(str, others)))}"
-    return backend.why_not_cpp_kernel(device)
-
-
 def register(op: str, run: Callable[..., Any]) -> None:
     """Make the backends of a half-block known: `run` with each backend's `Stream` as its first argument."""
     runs = {name: functools.partial(run, stream) for name, stream in STREAMS.items()}
-    register_backends(op, **runs, why_not_native=_why_not_native)
+    register_backends(op, **runs, why_not_native=backend.why_not_cpp_kernel)
 
 
 def details(x: Tensor, branch: Tensor | None, norm_weight: Tensor, dtype: torch.dtype) -> tuple[Any, ...]:
