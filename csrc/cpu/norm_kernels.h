@@ -3,15 +3,8 @@
 // The passes over a row take floats. Rows of another dtype are widened into a buffer in the nearest cache, and what they become
 // is rounded from one.
 
-template <class T>
-VMAE2_INLINE void widen_row(const T* in, float* out, int64_t n) {
-  int64_t i = 0;
-  for (; i + 16 <= n; i += 16) store16(out + i, load16(in + i));
-  if (i < n) store_first(out + i, load_first(in + i, n - i), n - i);
-}
-
-template <class T>
-VMAE2_INLINE void round_row(const float* in, T* out, int64_t n) {
+template <class In, class Out>
+VMAE2_INLINE void convert_row(const In* in, Out* out, int64_t n) {
   int64_t i = 0;
   for (; i + 16 <= n; i += 16) store16(out + i, load16(in + i));
   if (i < n) store_first(out + i, load_first(in + i, n - i), n - i);
@@ -21,9 +14,9 @@ VMAE2_INLINE void round_row(const float* in, T* out, int64_t n) {
 const float* read_row(const void* rows, Dtype dtype, int64_t row, int64_t n, float* buffer) {
   if (dtype == Dtype::f32) return static_cast<const float*>(rows) + row * n;
   if (dtype == Dtype::bf16) {
-    widen_row(static_cast<const bf16*>(rows) + row * n, buffer, n);
+    convert_row(static_cast<const bf16*>(rows) + row * n, buffer, n);
   } else {
-    widen_row(static_cast<const f16*>(rows) + row * n, buffer, n);
+    convert_row(static_cast<const f16*>(rows) + row * n, buffer, n);
   }
   return buffer;
 }
@@ -34,8 +27,8 @@ float* write_row(void* rows, Dtype dtype, int64_t row, int64_t n, float* buffer)
 }
 
 void finish_row(void* rows, Dtype dtype, int64_t row, int64_t n, const float* buffer) {
-  if (dtype == Dtype::bf16) round_row(buffer, static_cast<bf16*>(rows) + row * n, n);
-  if (dtype == Dtype::f16) round_row(buffer, static_cast<f16*>(rows) + row * n, n);
+  if (dtype == Dtype::bf16) convert_row(buffer, static_cast<bf16*>(rows) + row * n, n);
+  if (dtype == Dtype::f16) convert_row(buffer, static_cast<f16*>(rows) + row * n, n);
 }
 
 // Sums of lanes, and sums of these in an order that no instruction set changes. Two vectors, or each addition would wait for

@@ -72,6 +72,7 @@ template <int C, class Out>
 void planar_token(const uint8_t* in, const uint8_t* next, Out* out, const Gather& job) {
   const int64_t patch = job.shape.patch, tubelet = job.shape.tubelet, plane = patch * patch, last = patch * C - 1;
   const int64_t frame = job.from.frame, stride = job.from.line;
+  const int64_t width = std::min<int64_t>(patch, 16);  // pixels of a step
   // A narrow patch writes past its line, into the next ones, which are written later; not past the plane's end.
   const int64_t whole = plane < 16 ? 0 : std::min(patch, (plane - 16) / patch + 1);
   for (int c = 0; c < C; ++c) {
@@ -80,25 +81,17 @@ void planar_token(const uint8_t* in, const uint8_t* next, Out* out, const Gather
       const uint8_t* line = in + t * frame;
       // Both ends of a line, in two passes; what a third asks for is there already.
       const uint8_t* ahead = next + t * frame + (c == 0 ? 0 : last);
-      if (patch <= 16) {
-        for (int64_t y = 0; y < whole; ++y, line += stride, ahead += stride) {
-          prefetch(ahead);
-          if (C == 1) prefetch(ahead + last);
-          store16(out + y * patch, channel.of(line));
-        }
-        for (int64_t y = whole; y < patch; ++y, line += stride, ahead += stride) {
-          prefetch(ahead);
-          if (C == 1) prefetch(ahead + last);
-          store_first(out + y * patch, channel.of(line), patch);
-        }
-        continue;
-      }
       for (int64_t y = 0; y < patch; ++y, line += stride, ahead += stride) {
         prefetch(ahead);
         if (C == 1) prefetch(ahead + last);
         for (int64_t step = 0; step < patch; step += 16) {
-          const int64_t x = std::min(step, patch - 16);  // the last step overlaps
-          store16(out + y * patch + x, channel.of(line + x * C));
+          const int64_t x = std::min(step, patch - width);  // the last step overlaps
+          const Floats row = channel.of(line + x * C);
+          if (y < whole) {
+            store16(out + y * patch + x, row);
+          } else {
+            store_first(out + y * patch + x, row, width);
+          }
         }
       }
     }
